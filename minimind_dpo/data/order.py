@@ -1,0 +1,93 @@
+"""Which pairs, in which order, on which rank: pure functions of (seed, epoch, batch shape, world size).
+
+Nothing here holds state, so a resumed run knows its place from the number of finished optimizer steps alone,
+and the pairs of a step are the same for every factorisation of the global batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Positions of pairs in the dataset that one rank scores together.
+
+    Attributes:
+        pairs: dataset positions; never empty.
+        counted: False for a filler, which a rank without pairs of its own in a partial step runs so that all
+            ranks make the same number of collective calls; its loss has weight 0.
+    """
+
+    pairs: list[int]
+    counted: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class PairOrder:
+    """The pairs of every optimizer step of a run.
+
+    Attributes:
+        num_pairs: pairs in the dataset.
+        global_batch: pairs an optimizer step (micro-batch x accumulation x ranks).
+        seed: seed of the shuffling.
+        shuffle: False keeps file order.
+    """
+
+    num_pairs: int
+    global_batch: int
+    seed: int
+    shuffle: bool
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps an epoch; the last one may be partial."""
+        return math.ceil(self.num_pairs / self.global_batch)
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch, from 0, that optimizer step `step` (from 1) belongs to."""
+        return (step - 1) // self.steps_per_epoch
+
+    def step_pairs(self, step: int) -> np.ndarray:
+        """Dataset positions [n] of optimizer step `step` (from 1), n <= global_batch."""
+        epoch, within = divmod(step - 1, self.steps_per_epoch)
+        order = _epoch_order(self.num_pairs, self.seed, epoch, self.shuffle)
+        return order[within * self.global_batch : (within + 1) * self.global_batch]
+
+    def pairs_seen(self, step: int) -> int:
+        """Pairs trained on once optimizer step `step` is done (repeats in later epochs count again)."""
+        epochs, within = divmod(step, self.steps_per_epoch)
+        return epochs * self.num_pairs + min(within * self.global_batch, self.num_pairs)
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(num_pairs: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+    if not shuffle:
+        return np.arange(num_pairs)
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_pairs)
+
+
+def total_steps(num_pairs: int, global_batch: int, num_train_epochs: float, max_steps: int) -> int:
+    """Optimizer steps of a run; `max_steps` wins when positive."""
+    if max_steps > 0:
+        return max_steps
+    return max(1, math.ceil(num_train_epochs * math.ceil(num_pairs / global_batch) - 1e-9))
+
+
+def split_step(pairs: np.ndarray, *, world_size: int, rank: int, micro_batch_size: int) -> list[MicroBatch]:
+    """Divide the pairs of one optimizer step among ranks; the micro-batches of `rank`, in order.
+
+    Every rank gets the same number of micro-batches. In a partial step the first ranks fill up first and a rank
+    that has none left runs a filler.
+    """
+    slots = math.ceil(len(pairs) / (micro_batch_size * world_size))
+    batches = []
+    for slot in range(slots):
+        start = (slot * world_size + rank) * micro_batch_size
+        own = pairs[start : start + micro_batch_size].tolist()
+        batches.append(MicroBatch(own) if own else MicroBatch([int(pairs[0])], counted=False))
+    return batches

@@ -1,0 +1,60 @@
+"""The order of pairs: a pure function, complete, balanced, the same for every factorisation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minimind_dpo.data.order import MicroBatch, PairOrder, split_step, total_steps
+
+
+def test_file_order_without_shuffle() -> None:
+    order = PairOrder(num_pairs=5, global_batch=2, seed=0, shuffle=False)
+    assert [order.step_pairs(step).tolist() for step in range(1, 5)] == [[0, 1], [2, 3], [4], [0, 1]]
+    assert [order.epoch_of(step) for step in range(1, 5)] == [0, 0, 0, 1]
+    assert [order.pairs_seen(step) for step in range(5)] == [0, 2, 4, 5, 7]
+
+
+def test_split_by_hand() -> None:
+    pairs = np.arange(5)
+    first = split_step(pairs, world_size=2, rank=0, micro_batch_size=1)
+    second = split_step(pairs, world_size=2, rank=1, micro_batch_size=1)
+    assert first == [MicroBatch([0]), MicroBatch([2]), MicroBatch([4])]
+    assert second == [MicroBatch([1]), MicroBatch([3]), MicroBatch([0], counted=False)]
+
+
+@given(num_pairs=st.integers(1, 60), micro=st.integers(1, 5), accumulation=st.integers(1, 4), world=st.integers(1, 4),
+       seed=st.integers(0, 5), shuffle=st.booleans())
+def test_every_epoch_counts_every_pair_once(
+    num_pairs: int, micro: int, accumulation: int, world: int, seed: int, shuffle: bool
+) -> None:
+    order = PairOrder(num_pairs, micro * accumulation * world, seed, shuffle)
+    for epoch in range(2):
+        seen: list[int] = []
+        for within in range(1, order.steps_per_epoch + 1):
+            pairs = order.step_pairs(epoch * order.steps_per_epoch + within)
+            ranks = [split_step(pairs, world_size=world, rank=rank, micro_batch_size=micro) for rank in range(world)]
+            assert len({len(batches) for batches in ranks}) == 1 and len(ranks[0]) <= accumulation
+            counted = [pair for batches in ranks for batch in batches if batch.counted for pair in batch.pairs]
+            assert sorted(counted) == sorted(pairs.tolist())
+            assert all(0 < len(batch.pairs) <= micro for batches in ranks for batch in batches)
+            seen += counted
+        assert sorted(seen) == list(range(num_pairs))
+
+
+def test_shuffle_depends_on_seed_and_epoch_only() -> None:
+    def epoch(seed: int, number: int, global_batch: int) -> list[int]:
+        order = PairOrder(50, global_batch, seed, shuffle=True)
+        first = number * order.steps_per_epoch + 1
+        return np.concatenate([order.step_pairs(first + s) for s in range(order.steps_per_epoch)]).tolist()
+
+    assert epoch(1, 0, 8) == epoch(1, 0, 5)
+    assert epoch(1, 0, 8) != epoch(1, 1, 8) and epoch(1, 0, 8) != epoch(2, 0, 8)
+
+
+@pytest.mark.parametrize(("epochs", "max_steps", "expected"), [
+    (1.0, -1, 3), (2.0, -1, 6), (0.5, -1, 2), (0.01, -1, 1), (9.0, 4, 4)])
+def test_total_steps(epochs: float, max_steps: int, expected: int) -> None:
+    assert total_steps(21, 8, epochs, max_steps) == expected
