@@ -1,0 +1,197 @@
+"""Pairs laid out for one forward pass: packed without padding, the shared prefix of a pair stored once.
+
+Packed (`pack_pairs`), one row for all pairs, here two pairs with prefixes a b c and p, chosen rests d e and q r,
+rejected rests x y z and s t (capital letters would be the last token of each branch: a target, never an input):
+
+    tokens of pair 1   chosen  a b c d E      rejected  a b c x y Z
+    input_ids          a b c d x y   | p q s         one row [1, T]
+    position_ids       0 1 2 3 3 4   | 0 1 1
+    predicts           b c . E . Z   | . R T         and the prefix's last token (c, p) predicts d and x, q and s
+
+Plain (`pad_pairs`), one right-padded row a side: the fallback for models that cannot attend over segments, and the
+oracle of the tests. Both layouts give log-probabilities in the same canonical order: for each pair the counted
+tokens of the chosen side, then those of the rejected side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minimind_dpo.data.chat import shared_prefix_length
+
+
+@dataclass(frozen=True, slots=True)
+class PairSegment:
+    """Where one pair lies in the packed row: input tokens from `start`, prefix | chosen | rejected."""
+
+    start: int
+    prefix: int
+    chosen: int
+    rejected: int
+
+    @property
+    def length(self) -> int:
+        """Input tokens of the pair."""
+        return self.prefix + self.chosen + self.rejected
+
+
+@dataclass(frozen=True, slots=True)
+class PairBatch:
+    """B pairs ready for one forward pass.
+
+    Attributes:
+        input_ids: [rows, T] token ids; rows is 1 (packed) or 2 B (plain: chosen, rejected, chosen, ...).
+        position_ids: [rows, T] positions, restarting at the prefix length for a packed rejected branch.
+        attention_mask: [rows, T], 1 for real tokens; plain layout only.
+        segments: one a pair; packed layout only.
+        logit_positions: [K] positions in the flattened rows whose next token counts.
+        target_ids: [K] those next tokens.
+        token_index: [M] for each counted token in canonical order its entry in the K; a counted token of the
+            shared prefix appears for both sides.
+        chosen_tokens, rejected_tokens: [B] counted tokens of each side; their sum is M.
+        sequences: 2 B arrays of positions in the flattened rows, the input of each side without padding.
+        weights: [B] per-pair weights.
+        keys: B digests of each pair's token ids and masks.
+        num_tokens: real input tokens in the rows.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor | None
+    segments: tuple[PairSegment, ...] | None
+    logit_positions: Tensor
+    target_ids: Tensor
+    token_index: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+    sequences: tuple[Tensor, ...]
+    weights: Tensor
+    keys: tuple[bytes, ...]
+    num_tokens: int
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device | str) -> PairBatch:
+        """The same batch with every tensor on `device`."""
+
+        def move(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(device, non_blocking=True)
+            if isinstance(value, tuple) and value and isinstance(value[0], Tensor):
+                return tuple(move(item) for item in value)
+            return value
+
+        return PairBatch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """One side of one pair in numpy: token ids, and the indices >= 1 of the tokens that count."""
+
+    ids: np.ndarray
+    targets: np.ndarray
+
+
+def _sides(row: dict[str, Any]) -> tuple[_Side, _Side]:
+    sides = []
+    for name in ("chosen", "rejected"):
+        ids = np.asarray(row[f"{name}_input_ids"], dtype=np.int64)
+        targets = np.flatnonzero(np.asarray(row[f"{name}_completion_mask"], dtype=np.int64))
+        sides.append(_Side(ids, targets[targets > 0]))  # nothing predicts the first token
+    return sides[0], sides[1]
+
+
+def pair_key(row: dict[str, Any]) -> bytes:
+    """16 bytes that name a pair by content: its token ids and completion masks, both sides."""
+    digest = hashlib.sha256()
+    for name in ("chosen_input_ids", "chosen_completion_mask", "rejected_input_ids", "rejected_completion_mask"):
+        values = np.asarray(row[name], dtype=np.int32)
+        digest.update(len(values).to_bytes(8, "little") + values.tobytes())
+    return digest.digest()[:16]
+
+
+def pack_pairs(rows: Sequence[dict[str, Any]]) -> PairBatch:
+    """The packed shared-prefix layout of `rows` (columns of `data/tokenized.py`)."""
+    input_ids, position_ids, logit_positions, target_ids = [], [], [], []
+    token_index, sequences, segments, counts = [], [], [], []
+    start = entries = 0
+    for row in rows:
+        chosen, rejected = _sides(row)
+        prefix = shared_prefix_length(chosen.ids, rejected.ids)
+        segment = PairSegment(start, prefix, len(chosen.ids) - 1 - prefix, len(rejected.ids) - 1 - prefix)
+        rejected_shift = start + segment.chosen  # of a rejected token after the prefix
+        input_ids += [chosen.ids[:-1], rejected.ids[prefix:-1]]
+        position_ids += [np.arange(prefix + segment.chosen), np.arange(prefix, prefix + segment.rejected)]
+
+        shared = np.union1d(chosen.targets[chosen.targets < prefix], rejected.targets[rejected.targets < prefix])
+        chosen_own = chosen.targets[chosen.targets >= prefix]
+        rejected_own = rejected.targets[rejected.targets >= prefix]
+        before_rejected = np.where(rejected_own == prefix, start, rejected_shift)
+        logit_positions += [start + shared - 1, start + chosen_own - 1, before_rejected + rejected_own - 1]
+        target_ids += [chosen.ids[shared], chosen.ids[chosen_own], rejected.ids[rejected_own]]
+
+        own_start = entries + len(shared)
+        token_index += [
+            entries + np.searchsorted(shared, chosen.targets[chosen.targets < prefix]),
+            np.arange(own_start, own_start + len(chosen_own)),
+            entries + np.searchsorted(shared, rejected.targets[rejected.targets < prefix]),
+            np.arange(own_start + len(chosen_own), own_start + len(chosen_own) + len(rejected_own)),
+        ]
+        counts.append((len(chosen.targets), len(rejected.targets)))
+        branch = np.arange(start + prefix + segment.chosen, start + segment.length)
+        sequences += [np.arange(start, start + prefix + segment.chosen),
+                      np.concatenate([np.arange(start, start + prefix), branch])]
+        segments.append(segment)
+        start += segment.length
+        entries = own_start + len(chosen_own) + len(rejected_own)
+    return _batch(rows, _row(input_ids), _row(position_ids), None, tuple(segments), logit_positions, target_ids,
+                  token_index, counts, sequences, num_tokens=start)
+
+
+def pad_pairs(rows: Sequence[dict[str, Any]]) -> PairBatch:
+    """The plain layout of `rows`: one right-padded row a side, nothing shared."""
+    sides = [side for row in rows for side in _sides(row)]
+    width = max(len(side.ids) for side in sides) - 1
+    shape = (len(sides), width)
+    input_ids, attention_mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    logit_positions, target_ids, sequences = [], [], []
+    for index, side in enumerate(sides):
+        length = len(side.ids) - 1
+        input_ids[index, :length] = side.ids[:-1]
+        attention_mask[index, :length] = 1
+        logit_positions.append(index * width + side.targets - 1)
+        target_ids.append(side.ids[side.targets])
+        sequences.append(index * width + np.arange(length))
+    counts = [(len(a.targets), len(b.targets)) for a, b in zip(sides[::2], sides[1::2], strict=True)]
+    position_ids = torch.arange(width).expand(shape)
+    token_index = [np.arange(sum(map(sum, counts)))]
+    return _batch(rows, torch.from_numpy(input_ids), position_ids, torch.from_numpy(attention_mask), None,
+                  logit_positions, target_ids, token_index, counts, sequences, num_tokens=int(attention_mask.sum()))
+
+
+def _row(parts: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts))[None]
+
+
+def _batch(
+    rows: Sequence[dict[str, Any]], input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None,
+    segments: tuple[PairSegment, ...] | None, logit_positions: list[np.ndarray], target_ids: list[np.ndarray],
+    token_index: list[np.ndarray], counts: list[tuple[int, int]], sequences: list[np.ndarray], num_tokens: int,
+) -> PairBatch:
+    tokens = torch.tensor(counts)
+    return PairBatch(
+        input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, segments=segments,
+        logit_positions=_row(logit_positions)[0], target_ids=_row(target_ids)[0], token_index=_row(token_index)[0],
+        chosen_tokens=tokens[:, 0], rejected_tokens=tokens[:, 1],
+        sequences=tuple(torch.from_numpy(sequence) for sequence in sequences),
+        weights=torch.tensor([float(row.get("weight", 1.0)) for row in rows]),
+        keys=tuple(pair_key(row) for row in rows), num_tokens=num_tokens,
+    )

@@ -1,0 +1,122 @@
+"""The one scorer of policy and reference: PairBatch -> log-probabilities of the tokens that count."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from minimind_dpo.data.batch import PairBatch, pack_pairs, pad_pairs
+from minimind_dpo.models.attention import use_pair_attention
+from minimind_dpo.models.router import router_aux_loss, router_settings
+
+logger = logging.getLogger(__name__)
+
+PairLayout = Callable[[Sequence[dict[str, Any]]], PairBatch]
+
+
+class PairScores(NamedTuple):
+    """What one forward pass says of B pairs.
+
+    Attributes:
+        per_token_logps: [M] log-probabilities (nats) of the counted tokens in the batch's canonical order.
+        aux_losses: [B] router loss of each pair, the mean of its two sequences; zeros for a dense model.
+    """
+
+    per_token_logps: Tensor
+    aux_losses: Tensor
+
+
+class PairScorer(nn.Module):
+    """A causal language model that scores pairs in either layout of `data/batch.py`.
+
+    Args:
+        model: the language model; in training mode its router loss, if it has one, is scored too.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+        self.router = router_settings(model.config)
+
+    def forward(self, batch: PairBatch) -> PairScores:
+        """Score a batch; the language model head runs only where the next token counts."""
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+        if batch.segments is not None:
+            inputs |= {"pair_segments": batch.segments, "logits_to_keep": batch.logit_positions}
+        else:
+            counted = torch.zeros(batch.input_ids.numel(), dtype=torch.bool, device=batch.input_ids.device)
+            counted[batch.logit_positions] = True
+            inputs |= {"attention_mask": batch.attention_mask,
+                       "logits_to_keep": counted.view_as(batch.input_ids)}
+        wants_router = self.router is not None and self.training
+        if wants_router:
+            inputs["output_router_logits"] = True
+        output = self.model(**inputs)
+        logits = output.logits.flatten(0, -2).float()
+        logps = -F.cross_entropy(logits, batch.target_ids, reduction="none")
+        return PairScores(logps[batch.token_index],
+                          self._aux_losses(output, batch) if wants_router else logps.new_zeros(len(batch)))
+
+    def _aux_losses(self, output: Any, batch: PairBatch) -> Tensor:
+        assert self.router is not None
+        sequence_losses = router_aux_loss(
+            output.router_logits, batch.sequences, kind=self.router.kind, top_k=self.router.top_k,
+            coefficient=self.router.coefficient)
+        return sequence_losses.view(-1, 2).mean(dim=1)
+
+
+def sum_per_side(per_token_logps: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor]:
+    """Sum [M] per-token log-probabilities over each side's completion tokens: chosen [B] and rejected [B], nats."""
+    sizes = torch.stack([batch.chosen_tokens, batch.rejected_tokens], dim=1).flatten().tolist()
+    sums = torch.stack([part.sum() for part in per_token_logps.split(sizes)]).view(-1, 2)
+    return sums[:, 0], sums[:, 1]
+
+
+def choose_layout(model: PreTrainedModel, attn_implementation: str) -> PairLayout:
+    """Decide between the packed and the plain layout, and set the model's attention accordingly.
+
+    `pairs` takes the packed layout where a probe pair scores the same in both layouts. A model that fails it
+    (recurrent or state-space layers, an attention of its own) gets the plain layout, with a notice.
+    """
+    if attn_implementation != "pairs":
+        return pad_pairs
+    if _packs(model):
+        return pack_pairs
+    logger.warning("%s cannot attend over packed pairs: each side gets a padded row of its own", type(model).__name__)
+    return pad_pairs
+
+
+@torch.no_grad()
+def _packs(model: PreTrainedModel) -> bool:
+    """Switch `model` to pair attention if two small made-up pairs then score as its own attention scores them plain."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    tokens = [(7 * i * i + 3 * i + 1) % vocabulary for i in range(24)]
+    rows = [_probe_row(tokens[:6], tokens[6:10], tokens[10:15]), _probe_row(tokens[15:18], tokens[18:21], tokens[21:])]
+    original, training = model.config._attn_implementation, model.training
+    scorer = PairScorer(model).eval()
+    try:
+        plain = scorer(pad_pairs(rows).to(model.device)).per_token_logps
+        if use_pair_attention(model):
+            packed = scorer(pack_pairs(rows).to(model.device)).per_token_logps
+            if torch.allclose(packed, plain, rtol=1e-3, atol=1e-3 if model.dtype == torch.float32 else 0.1):
+                return True
+    except (TypeError, ValueError, NotImplementedError, RuntimeError, IndexError) as error:
+        logger.info("packed probe failed: %s", error)
+    finally:
+        model.train(training)
+    model.set_attn_implementation(original)
+    return False
+
+
+def _probe_row(prefix: list[int], chosen: list[int], rejected: list[int]) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for name, rest in (("chosen", chosen), ("rejected", rejected)):
+        row[f"{name}_input_ids"] = prefix + rest
+        row[f"{name}_completion_mask"] = [0] * len(prefix) + [1] * len(rest)
+    return row

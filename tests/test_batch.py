@@ -1,0 +1,107 @@
+"""The packed shared-prefix layout against hand-written batches and against the plain layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers_model import random_row, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minimind_dpo.data.batch import PairBatch, PairSegment, pack_pairs, pad_pairs, pair_key
+from minimind_dpo.losses import dpo_losses
+from minimind_dpo.models.attention import use_pair_attention
+from minimind_dpo.scoring import PairScorer, choose_layout, sum_per_side
+
+KINDS = ["llama", "mistral_window", "qwen3", "qwen3_moe", "minimind_moe"]
+
+
+def _row(chosen: list[int], rejected: list[int], chosen_mask: list[int], rejected_mask: list[int]) -> dict[str, Any]:
+    return {"chosen_input_ids": chosen, "chosen_completion_mask": chosen_mask,
+            "rejected_input_ids": rejected, "rejected_completion_mask": rejected_mask}
+
+
+def test_packed_batch_by_hand() -> None:
+    first = _row([10, 11, 12, 13, 14], [10, 11, 12, 23, 24, 25], [0, 1, 0, 1, 1], [0, 1, 0, 1, 0, 1])
+    second = _row([30, 41, 42], [30, 51], [1, 1, 1], [1, 1])
+    batch = pack_pairs([first, second])
+
+    assert batch.input_ids.tolist() == [[10, 11, 12, 13, 23, 24, 30, 41]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 3, 4, 0, 1]]
+    assert batch.segments == (PairSegment(0, 3, 1, 2), PairSegment(6, 1, 1, 0))
+    # pair 1: shared 11; chosen 13 (after the prefix), 14; rejected 23 (after the prefix), 25
+    # pair 2: chosen 41 (after the prefix), 42; rejected 51 (after the prefix); the first token is never predicted
+    assert batch.logit_positions.tolist() == [0, 2, 3, 2, 5, 6, 7, 6]
+    assert batch.target_ids.tolist() == [11, 13, 14, 23, 25, 41, 42, 51]
+    assert batch.token_index.tolist() == [0, 1, 2, 0, 3, 4, 5, 6, 7]
+    assert batch.chosen_tokens.tolist() == [3, 2] and batch.rejected_tokens.tolist() == [3, 1]
+    assert [s.tolist() for s in batch.sequences] == [[0, 1, 2, 3], [0, 1, 2, 4, 5], [6, 7], [6]]
+    assert batch.num_tokens == 8
+
+
+def test_plain_batch_by_hand() -> None:
+    batch = pad_pairs([_row([10, 11, 12], [10, 21], [0, 1, 1], [0, 1])])
+    assert batch.input_ids.tolist() == [[10, 11], [10, 0]]
+    assert batch.attention_mask is not None and batch.attention_mask.tolist() == [[1, 1], [1, 0]]
+    assert batch.logit_positions.tolist() == [0, 1, 2] and batch.target_ids.tolist() == [11, 12, 21]
+    assert batch.num_tokens == 3
+
+
+def test_prefix_leaves_each_side_a_token_of_its_own() -> None:
+    batch = pack_pairs([_row([5, 6, 7], [5, 6, 7, 8], [0, 1, 1], [0, 1, 1, 1])])
+    assert batch.segments == (PairSegment(0, 2, 0, 1),)
+    assert batch.target_ids.tolist() == [6, 7, 7, 8]
+
+
+def _score(kind: str, rows: list[dict[str, Any]], packed: bool) -> tuple[torch.Tensor, ...]:
+    """Losses, router losses, log-probabilities of policy and reference, and all gradients of one step."""
+    policy, ref_model = tiny_model(kind, seed=1), tiny_model(kind, seed=2)
+    batch: PairBatch = (pack_pairs if packed else pad_pairs)(rows)
+    if packed:
+        assert use_pair_attention(policy) and use_pair_attention(ref_model)
+    scores = PairScorer(policy.train())(batch)
+    with torch.no_grad():
+        ref_logps = sum_per_side(PairScorer(ref_model.eval())(batch).per_token_logps, batch)
+    policy_logps = sum_per_side(scores.per_token_logps, batch)
+    losses = dpo_losses(*policy_logps, *ref_logps, chosen_tokens=batch.chosen_tokens,
+                        rejected_tokens=batch.rejected_tokens, loss_type="sigmoid_norm", beta=0.5)
+    (losses + scores.aux_losses).mean().backward()
+    gradients = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+    logps = torch.stack([*policy_logps, *ref_logps])  # what the rewards are differences of
+    return losses.detach(), scores.aux_losses.detach(), logps.detach(), gradients
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 14), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4),
+    mask=st.sampled_from(["final_turn", "all_assistant"]), seed=st.integers(0, 1000))
+def test_packed_equals_plain(kind: str, lengths: list[tuple[int, int, int]], mask: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = [random_row(generator, prefix=p, chosen=c, rejected=r, mask=mask) for p, c, r in lengths]
+    packed, plain = _score(kind, rows, packed=True), _score(kind, rows, packed=False)
+    for ours, oracle in zip(packed, plain, strict=True):
+        assert (ours - oracle).norm() <= 1e-5 * oracle.norm() + 1e-7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_probe_accepts_these_models(kind: str) -> None:
+    assert choose_layout(tiny_model(kind), "pairs") is pack_pairs
+
+
+def test_recurrent_model_falls_back_to_the_plain_layout(caplog: pytest.LogCaptureFixture) -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    model = MambaForCausalLM(MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, state_size=4))
+    assert choose_layout(model, "pairs") is pad_pairs
+    assert "cannot attend over packed pairs" in caplog.text
+
+
+def test_pair_key_is_content() -> None:
+    row = _row([1, 2], [1, 3], [0, 1], [0, 1])
+    assert pair_key(row) == pair_key(row | {"weight": 2.0, "place": "elsewhere"})
+    assert pair_key(row) != pair_key(row | {"chosen_completion_mask": [1, 1]})
+    assert len(pair_key(row)) == 16
