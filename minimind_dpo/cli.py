@@ -1,0 +1,49 @@
+"""The console script `minimind-dpo`: verbs, each a function that lives elsewhere and is imported when called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from functools import partial
+
+from minimind_dpo import __version__
+from minimind_dpo.errors import EXIT_DONE, EXIT_USAGE, exit_code
+
+# verb -> (module, function of the remaining arguments, one line of help)
+VERBS = {
+    "train": ("minimind_dpo.train", "main", "train a model on preference pairs"),
+    "demo": ("minimind_dpo.demo.run", "run_demo", "train the embedded demo and show replies before and after"),
+    "data inspect": ("minimind_dpo.data.inspect", "run_inspect", "show a pair as the model sees it"),
+    "export": ("minimind_dpo.export", "run_export", "write a model for transformers or for MiniMind"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a verb; exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped early with a checkpoint."""
+    arguments = sys.argv[1:] if argv is None else argv
+    for words in (2, 1):
+        verb = " ".join(arguments[:words])
+        if verb in VERBS:
+            return exit_code(partial(_call, verb, arguments[words:]))
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(_help())
+        return EXIT_DONE
+    if arguments[:1] == ["--version"]:
+        print(f"minimind-dpo {__version__}")
+        return EXIT_DONE
+    print((f"minimind-dpo: no verb {' '.join(arguments[:2])!r}\n" if arguments else "") + _help(), file=sys.stderr)
+    return EXIT_USAGE
+
+
+def _call(verb: str, arguments: list[str]) -> int:
+    module, function, _ = VERBS[verb]
+    return getattr(importlib.import_module(module), function)(arguments)
+
+
+def _help() -> str:
+    lines = [f"  {verb:<14}{help}" for verb, (_, _, help) in VERBS.items()]
+    return "usage: minimind-dpo VERB [--help] ...\n\n" + "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""Metrics of the policy on held-out pairs: exact means over all pairs and ranks, no pair counted twice."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from minimind_dpo.config import TrainConfig
+from minimind_dpo.data.batch import PairBatch
+from minimind_dpo.data.order import PairOrder, split_step
+from minimind_dpo.losses import dpo_losses
+from minimind_dpo.reference import Reference
+from minimind_dpo.scoring import PairLayout, sum_per_side
+from minimind_dpo.training.metrics import empty_sums, metrics_of, pair_sums
+
+
+def score_batch(
+    scorer: nn.Module, reference: Reference, batch: PairBatch, config: TrainConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One forward pass of the DPO objective, the same for training and evaluation.
+
+    Returns:
+        losses [B] weighted preference losses, aux_losses [B] router losses, and the sums of
+        `training/metrics.py`.
+    """
+    scores = scorer(batch)
+    policy_logps = sum_per_side(scores.per_token_logps, batch)
+    ref_logps = sum_per_side(reference.per_token_logps(batch), batch)
+    losses = batch.weights * dpo_losses(
+        *policy_logps, *ref_logps, chosen_tokens=batch.chosen_tokens, rejected_tokens=batch.rejected_tokens,
+        loss_type=config.loss_type, beta=config.beta, label_smoothing=config.label_smoothing)
+    sums = pair_sums(batch, losses=losses, aux_losses=scores.aux_losses, policy_logps=policy_logps,
+                     ref_logps=ref_logps, beta=config.beta)
+    return losses, scores.aux_losses, sums
+
+
+@torch.no_grad()
+def evaluate(
+    accelerator: Accelerator, scorer: nn.Module, reference: Reference, dataset: Any, layout: PairLayout,
+    config: TrainConfig,
+) -> dict[str, float]:
+    """Score every pair of `dataset` once and return its metrics under `eval_` names; every rank must call it."""
+    was_training = scorer.training
+    scorer.eval()
+    world_size, rank = accelerator.num_processes, accelerator.process_index
+    size = config.per_device_train_batch_size
+    order = PairOrder(len(dataset), size * world_size, seed=0, shuffle=False)
+    sums = empty_sums(accelerator.device)
+    for step in range(1, math.ceil(len(dataset) / order.global_batch) + 1):
+        for micro_batch in split_step(order.step_pairs(step), world_size=world_size, rank=rank, micro_batch_size=size):
+            batch = layout([dataset[pair] for pair in micro_batch.pairs]).to(accelerator.device)
+            *_, batch_sums = score_batch(scorer, reference, batch, config)
+            sums += batch_sums * micro_batch.counted
+    scorer.train(was_training)
+    return metrics_of(accelerator.reduce(sums, "sum").tolist(), prefix="eval_")

@@ -1,0 +1,187 @@
+"""Reference log-probabilities: scored live beside the policy, or once and read back from a cache on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from minimind_dpo.data.batch import PairBatch, pair_key
+from minimind_dpo.scoring import PairLayout, PairScorer
+
+logger = logging.getLogger(__name__)
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+_SCHEMA = pa.schema([("key", pa.binary(16)), ("logps", pa.list_(pa.float32()))])
+_CHUNK_PAIRS = 256
+
+
+class Reference(Protocol):
+    """Where reference log-probabilities come from."""
+
+    def per_token_logps(self, batch: PairBatch) -> Tensor:
+        """[M] log-probabilities (nats) of the counted tokens of `batch`, in its canonical order, no gradient."""
+        ...
+
+
+class LiveReference:
+    """A frozen model that scores every batch beside the policy."""
+
+    def __init__(self, scorer: PairScorer, autocast: Autocast):
+        self.scorer = scorer.eval().requires_grad_(False)
+        self.autocast = autocast
+
+    @torch.no_grad()
+    def per_token_logps(self, batch: PairBatch) -> Tensor:
+        """Score the batch with the frozen model."""
+        with self.autocast():
+            return self.scorer(batch).per_token_logps
+
+
+def reference_digest(model: PreTrainedModel) -> str:
+    """sha256 of a model's configuration and weights (names, types, shapes, bytes), whatever path they came from."""
+    digest = hashlib.sha256()
+    config = model.config.to_diff_dict()
+    for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"):
+        config.pop(volatile, None)
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def cache_directory(digest: str, numerics: dict[str, Any]) -> Path:
+    """Where the log-probabilities of one reference under given numeric settings lie.
+
+    Args:
+        digest: of the reference (`reference_digest`).
+        numerics: settings that change the numbers: precision, layout, device type.
+
+    The root is $MINIMIND_DPO_CACHE, by default ~/.cache/minimind_dpo.
+    """
+    root = Path(os.environ.get("MINIMIND_DPO_CACHE") or Path.home() / ".cache" / "minimind_dpo")
+    settings = hashlib.sha256(json.dumps(numerics, sort_keys=True).encode()).hexdigest()
+    return root / "reference" / f"{digest[:32]}-{settings[:8]}"
+
+
+class ReferenceCache:
+    """Log-probabilities by pair content: one Arrow file a chunk of pairs, each written aside and renamed.
+
+    A chunk is a fixed group of pairs, scored as a whole or not at all, so the numbers do not depend on where an
+    earlier fill was interrupted, nor on the number of ranks.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        self._keys = np.zeros(0, dtype="V16")
+        self._rows: list[tuple[pa.ChunkedArray, int]] = []
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Index every chunk on disk; files are memory-mapped, not read. A damaged chunk is set aside."""
+        keys, columns, where = [], [], []
+        for path in sorted(self.directory.glob("*.arrow")):
+            try:
+                table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+                chunk_keys = np.frombuffer(b"".join(table["key"].to_pylist()), dtype="V16")
+            except (pa.ArrowInvalid, OSError, KeyError) as error:
+                logger.warning("reference cache: %s is damaged (%s) and will be computed again", path, error)
+                path.unlink(missing_ok=True)
+                continue
+            keys.append(chunk_keys)
+            where += [(len(columns), row) for row in range(len(chunk_keys))]
+            columns.append(table["logps"])
+        flat = np.concatenate(keys) if keys else np.zeros(0, dtype="V16")
+        self._keys, first = np.unique(_sortable(flat), return_index=True)
+        self._rows = [(columns[where[index][0]], where[index][1]) for index in first]
+
+    def __contains__(self, key: bytes) -> bool:
+        return self._find(key) is not None
+
+    def _find(self, key: bytes) -> int | None:
+        wanted = _sortable(np.frombuffer(key, dtype="V16"))
+        index = int(np.searchsorted(self._keys, wanted[0]))
+        return index if index < len(self._keys) and self._keys[index] == wanted[0] else None
+
+    def get(self, key: bytes) -> np.ndarray:
+        """The per-token log-probabilities of one pair, float32, chosen then rejected.
+
+        Raises:
+            KeyError: the pair was never scored.
+        """
+        index = self._find(key)
+        if index is None:
+            raise KeyError(key.hex())
+        column, row = self._rows[index]
+        return column[row].values.to_numpy(zero_copy_only=False)
+
+    def write_chunk(self, keys: Sequence[bytes], logps: Sequence[np.ndarray]) -> None:
+        """Store one chunk atomically under a name made of its keys."""
+        table = pa.table({"key": list(keys), "logps": [row.astype(np.float32) for row in logps]}, schema=_SCHEMA)
+        name = hashlib.sha256(b"".join(keys)).hexdigest()[:32]
+        partial = self.directory / f".{name}.{os.getpid()}.partial"
+        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
+            writer.write_table(table)
+        descriptor = os.open(partial, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+        os.replace(partial, self.directory / f"{name}.arrow")
+
+
+def _sortable(keys: np.ndarray) -> np.ndarray:
+    """Keys as fixed-length bytes that numpy can order (it drops trailing zeros alike on both sides)."""
+    return keys.view("S16")
+
+
+class CachedReference:
+    """Reads every pair's log-probabilities from a filled cache."""
+
+    def __init__(self, cache: ReferenceCache):
+        self.cache = cache
+
+    def per_token_logps(self, batch: PairBatch) -> Tensor:
+        """Look the batch's pairs up."""
+        logps = np.concatenate([self.cache.get(key) for key in batch.keys])
+        return torch.from_numpy(logps).to(batch.input_ids.device)
+
+
+def chunks_of(dataset: Any, positions: Sequence[int]) -> Iterator[list[dict[str, Any]]]:
+    """The pairs at `positions` of a tokenised dataset in chunks of fixed size."""
+    for start in range(0, len(positions), _CHUNK_PAIRS):
+        part = positions[start : start + _CHUNK_PAIRS]
+        yield [dataset[int(position)] for position in part]
+
+
+@torch.no_grad()
+def fill_chunk(
+    cache: ReferenceCache, scorer: PairScorer, layout: PairLayout, rows: Sequence[dict[str, Any]], *,
+    batch_size: int, device: torch.device, autocast: Autocast,
+) -> bool:
+    """Score one chunk into the cache unless every pair of it is there already; whether it was scored."""
+    keys = [pair_key(row) for row in rows]
+    if all(key in cache for key in keys):
+        return False
+    logps: list[np.ndarray] = []
+    for start in range(0, len(rows), batch_size):
+        batch = layout(rows[start : start + batch_size]).to(device)
+        with autocast():
+            per_token_logps = scorer(batch).per_token_logps.float().cpu()
+        sizes = (batch.chosen_tokens + batch.rejected_tokens).tolist()
+        logps += [part.numpy() for part in per_token_logps.split(sizes)]
+    cache.write_chunk(keys, logps)
+    return True

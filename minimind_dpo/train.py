@@ -1,0 +1,260 @@
+"""The entry point of training: build everything from a configuration, run the loop, leave a run directory.
+
+`python -m minimind_dpo.train` equals `minimind-dpo train`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from minimind_dpo.config import TrainConfig, load_config, save_config
+from minimind_dpo.data.order import PairOrder, total_steps
+from minimind_dpo.data.tokenized import TokenizedData, load_tokenizer, tokenize_files
+from minimind_dpo.errors import EXIT_DONE, EXIT_STOPPED, UserError, exit_code
+from minimind_dpo.models.loading import load_model
+from minimind_dpo.reference import (
+    CachedReference,
+    LiveReference,
+    Reference,
+    ReferenceCache,
+    cache_directory,
+    chunks_of,
+    fill_chunk,
+    reference_digest,
+)
+from minimind_dpo.report import write_report
+from minimind_dpo.scoring import PairLayout, PairScorer, choose_layout
+from minimind_dpo.training.checkpoint import TrainerState, find_checkpoint, load_checkpoint, read_state
+from minimind_dpo.training.engine import make_accelerator, make_optimizer
+from minimind_dpo.training.loop import Run, train
+from minimind_dpo.training.metrics import MetricsFile, peak_memory_gib
+from minimind_dpo.training.signals import StopRequest
+
+logger = logging.getLogger(__name__)
+
+# what makes two sessions the same run, beside the digests of data and reference
+_IDENTITY = ("loss_type", "beta", "label_smoothing", "learning_rate", "lr_scheduler_type", "warmup_ratio",
+             "weight_decay", "max_grad_norm", "shuffle", "seed")
+
+
+def run(config: TrainConfig) -> int:
+    """Train as `config` says; 0 when the run is done, 75 when a signal stopped it with a checkpoint written.
+
+    Raises:
+        UserError: a mistake in the configuration, the data or the files named.
+    """
+    accelerator = make_accelerator(config)
+    logging.basicConfig(level=logging.WARNING if accelerator.is_main_process else logging.ERROR, format="%(message)s")
+    if accelerator.is_main_process:
+        logging.getLogger("minimind_dpo").setLevel(logging.INFO)
+    set_seed(config.seed, device_specific=True)
+    try:
+        checkpoint = find_checkpoint(Path(config.output_dir) / "checkpoints", config.resume)
+        accelerator.wait_for_everyone()
+        training = _build(config, accelerator, checkpoint)
+        if not train(training):
+            logger.info("stopped early at step %d of %d; the same command continues there",
+                        training.state.step, training.total_steps)
+            return EXIT_STOPPED
+        _finish(training)
+        return EXIT_DONE
+    finally:
+        accelerator.end_training()
+
+
+def _build(config: TrainConfig, accelerator: Accelerator, checkpoint: Path | None) -> Run:
+    tokenizer = load_tokenizer(_tokenizer_path(config))
+    policy = _load(config, config.model_name_or_path)
+    _check_vocabulary(policy, tokenizer)
+    with accelerator.main_process_first():
+        train_data = _tokenize(config, config.train_data, tokenizer)
+        eval_data = _tokenize(config, config.eval_data, tokenizer) if config.eval_data else None
+    layout = choose_layout(policy, config.attn_implementation)
+    order = PairOrder(len(train_data.dataset), config.per_device_train_batch_size
+                      * config.gradient_accumulation_steps * accelerator.num_processes, config.seed, config.shuffle)
+    steps = total_steps(order.num_pairs, order.global_batch, config.num_train_epochs, config.max_steps)
+    policy.to(accelerator.device)
+    reference, digest = _reference(config, accelerator, policy, layout, [
+        (train_data.dataset, _positions(order, steps)),
+        *([(eval_data.dataset, range(len(eval_data.dataset)))] if eval_data else [])])
+    if config.gradient_checkpointing:
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    scorer = PairScorer(policy.train())
+    scorer, optimizer = accelerator.prepare(
+        scorer, make_optimizer(scorer, config.learning_rate, config.weight_decay))
+    identity = {name: getattr(config, name) for name in _IDENTITY} | {
+        "global_batch": order.global_batch, "train_data_digest": train_data.digest, "reference_digest": digest}
+    state = TrainerState(identity=identity)
+    if checkpoint is not None:
+        _check_identity(checkpoint, read_state(checkpoint).identity, identity)
+        state = load_checkpoint(accelerator, checkpoint)
+        logger.info("resuming after step %d from %s", state.step, checkpoint)
+    metrics = _open_run(config, accelerator, state, resumed=checkpoint is not None)
+    logger.info("%d pairs, %d optimizer steps of %d pairs on %d process(es)",
+                order.num_pairs, steps, order.global_batch, accelerator.num_processes)
+    return Run(config, accelerator, scorer, optimizer, reference, layout, train_data, eval_data, order, steps, metrics, state, StopRequest())
+
+
+def _tokenizer_path(config: TrainConfig) -> str:
+    """The tokenizer named, or the one that lies with the model (for a raw .pth: beside it, or in ../model)."""
+    if config.tokenizer_name_or_path:
+        return config.tokenizer_name_or_path
+    path = Path(config.model_name_or_path)
+    if path.suffix != ".pth":
+        return str(path / "model") if (path / "model").is_dir() else config.model_name_or_path
+    for candidate in (path.parent, path.parent.parent / "model"):
+        if (candidate / "tokenizer.json").is_file():
+            return str(candidate)
+    raise UserError(f"tokenizer_name_or_path: missing; raw weights ({path}) carry no tokenizer, and none lies beside "
+                    "them or in ../model. Name the directory with MiniMind's tokenizer.json")
+
+
+def _load(config: TrainConfig, path: str) -> PreTrainedModel:
+    overrides: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if config.num_attention_heads is not None:
+        overrides["num_attention_heads"] = config.num_attention_heads
+    if not config.attends_pairs:
+        overrides["attn_implementation"] = config.attn_implementation
+    return load_model(path, **overrides)
+
+
+def _check_vocabulary(policy: PreTrainedModel, tokenizer: Any) -> None:
+    rows = policy.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(f"tokenizer_name_or_path: the tokenizer has {len(tokenizer)} tokens but the model "
+                        f"embeds only {rows}; name the tokenizer the model was trained with")
+
+
+def _tokenize(config: TrainConfig, source: list[str], tokenizer: Any) -> TokenizedData:
+    return tokenize_files(source, tokenizer, max_length=config.max_length, completion_mask=config.completion_mask,
+                          on_bad_row=config.on_bad_row)
+
+
+def _positions(order: PairOrder, steps: int) -> np.ndarray:
+    """Dataset positions that a run of `steps` will train on, ascending."""
+    if steps >= order.steps_per_epoch:
+        return np.arange(order.num_pairs)
+    return np.unique(np.concatenate([order.step_pairs(step) for step in range(1, steps + 1)]))
+
+
+def _reference(
+    config: TrainConfig, accelerator: Accelerator, policy: PreTrainedModel, layout: PairLayout,
+    needed: list[tuple[Any, Any]],
+) -> tuple[Reference, str]:
+    """The reference that `config.reference` asks for, and the digest of its weights."""
+    mode = "cache" if config.reference == "auto" else config.reference
+    if config.reference == "auto":
+        logger.info("reference: cache (log-probabilities are computed once; no second model stays in memory)")
+    model = policy
+    if config.ref_model_name_or_path is not None:
+        model = _load(config, config.ref_model_name_or_path).to(accelerator.device)
+        if choose_layout(model, config.attn_implementation) is not layout:
+            raise UserError("ref_model_name_or_path: this model cannot use the policy's batch layout; "
+                            "set attn_implementation: sdpa")
+    digest = reference_digest(model)
+    if mode == "live":
+        frozen = copy.deepcopy(model) if model is policy else model
+        return LiveReference(PairScorer(frozen), accelerator.autocast), digest
+    cache = ReferenceCache(cache_directory(digest, {
+        "precision": accelerator.mixed_precision, "attention": config.attn_implementation,
+        "layout": layout.__name__, "device": accelerator.device.type}))
+    _fill(cache, accelerator, PairScorer(model.eval()), layout, needed, config.per_device_train_batch_size)
+    return CachedReference(cache), digest
+
+
+def _fill(
+    cache: ReferenceCache, accelerator: Accelerator, scorer: PairScorer, layout: PairLayout,
+    needed: list[tuple[Any, Any]], batch_size: int,
+) -> None:
+    chunks = [chunk for dataset, positions in needed for chunk in chunks_of(dataset, positions)]
+    progress = tqdm(chunks, desc="reference log-probabilities", unit="chunk",
+                    disable=not accelerator.is_main_process)
+    for index, rows in enumerate(progress):
+        if index % accelerator.num_processes == accelerator.process_index:
+            fill_chunk(cache, scorer, layout, rows, batch_size=batch_size, device=accelerator.device,
+                       autocast=accelerator.autocast)
+    accelerator.wait_for_everyone()
+    cache.refresh()
+
+
+def _check_identity(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    changed = [f"{name}: was {saved.get(name)}, is {value}" for name, value in current.items()
+               if saved.get(name) != value]
+    if changed:
+        raise UserError(f"{checkpoint} belongs to another run:\n  " + "\n  ".join(changed)
+                        + "\nUse the run's own settings, model and data, or another output_dir")
+
+
+def _open_run(config: TrainConfig, accelerator: Accelerator, state: TrainerState, resumed: bool) -> MetricsFile | None:
+    """Prepare the run directory and the tracker; the metrics file on the main process."""
+    directory = Path(config.output_dir)
+    metrics = None
+    if accelerator.is_main_process:
+        directory.mkdir(parents=True, exist_ok=True)
+        save_config(config, directory / "config.yaml")
+        metrics = MetricsFile(directory / "metrics.jsonl", last_step=state.step if resumed else None)
+    if config.report_to == "wandb":
+        settings = {"name": config.run_name, "dir": config.output_dir}
+        if state.tracker_run_id:
+            settings |= {"id": state.tracker_run_id, "resume": "allow"}
+        accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "minimind_dpo"),
+                                  config=dataclasses.asdict(config), init_kwargs={"wandb": settings})
+        if accelerator.is_main_process:
+            state.tracker_run_id = accelerator.get_tracker("wandb", unwrap=True).id
+    return metrics
+
+
+def _finish(training: Run) -> None:
+    """Write model/, summary.json and report.html."""
+    accelerator, directory, state = training.accelerator, training.output_dir, training.state
+    policy = accelerator.unwrap_model(training.scorer).model
+    weights = {name.removeprefix("model."): tensor
+               for name, tensor in accelerator.get_state_dict(training.scorer).items()}
+    peak = peak_memory_gib(accelerator)
+    if accelerator.is_main_process:
+        assert training.metrics is not None
+        partial, final = directory / ".model.partial", directory / "model"
+        shutil.rmtree(partial, ignore_errors=True)
+        policy.save_pretrained(partial, state_dict=weights)
+        load_tokenizer(_tokenizer_path(training.config)).save_pretrained(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        pairs = training.order.pairs_seen(state.step)
+        summary = {"steps": state.step, "pairs_seen": pairs, "seconds": state.seconds,
+                   "pairs_per_second": pairs / max(state.seconds, 1e-9), "peak_memory_gib": peak,
+                   "reference_digest": state.identity["reference_digest"]}
+        evaluations = [line for line in training.metrics.lines() if "eval_loss" in line]
+        if evaluations:
+            summary |= {"eval_before": _eval_metrics(evaluations[0]), "eval_after": _eval_metrics(evaluations[-1])}
+        (directory / "summary.json").write_text(json.dumps(summary, indent=1), "utf-8")
+        report = write_report(directory)
+        logger.info("done: %d steps, %d pairs, %.1f s; model in %s, report in %s",
+                    state.step, pairs, state.seconds, final, report)
+    accelerator.wait_for_everyone()
+
+
+def _eval_metrics(line: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in line.items() if name.startswith("eval_")}
+
+
+def main(argv: list[str]) -> int:
+    """`minimind-dpo train`."""
+    return run(load_config(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(lambda: main(sys.argv[1:])))

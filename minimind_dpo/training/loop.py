@@ -1,0 +1,236 @@
+"""The training loop: score, backward, clip, step, log, evaluate, save."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from minimind_dpo.config import TrainConfig
+from minimind_dpo.data.batch import PairBatch
+from minimind_dpo.data.order import MicroBatch, PairOrder, split_step
+from minimind_dpo.data.tokenized import TokenizedData
+from minimind_dpo.evaluation import evaluate, score_batch
+from minimind_dpo.reference import Reference
+from minimind_dpo.scoring import PairLayout
+from minimind_dpo.training.checkpoint import TrainerState, save_checkpoint
+from minimind_dpo.training.engine import accumulate, can_skip_steps, clip_gradients
+from minimind_dpo.training.metrics import MetricsFile, empty_sums, metrics_of, peak_memory_gib, tokens_of
+from minimind_dpo.training.schedule import learning_rate_schedule
+from minimind_dpo.training.signals import StopRequest
+
+logger = logging.getLogger(__name__)
+
+Batches = Iterator[tuple[PairBatch, bool]]
+
+
+@dataclass
+class Run:
+    """What a training run is made of.
+
+    `scorer` and `optimizer` are prepared by the accelerator; `metrics` is None but on the main process.
+    """
+
+    config: TrainConfig
+    accelerator: Accelerator
+    scorer: torch.nn.Module
+    optimizer: Optimizer
+    reference: Reference
+    layout: PairLayout
+    train_data: TokenizedData
+    eval_data: TokenizedData | None
+    order: PairOrder
+    total_steps: int
+    metrics: MetricsFile | None
+    state: TrainerState
+    stop: StopRequest
+
+    @property
+    def output_dir(self) -> Path:
+        """The run directory."""
+        return Path(self.config.output_dir)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are kept."""
+        return self.output_dir / "checkpoints"
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """This rank's share of optimizer step `step`."""
+        return split_step(self.order.step_pairs(step), world_size=self.accelerator.num_processes,
+                          rank=self.accelerator.process_index,
+                          micro_batch_size=self.config.per_device_train_batch_size)
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on, through no mistake of its configuration; exit code 1."""
+
+
+def train(run: Run) -> bool:
+    """Train from `run.state.step` to the last step.
+
+    Returns:
+        True when the last step is done, False when a signal stopped the run early (a checkpoint is written).
+
+    Raises:
+        TrainingError: a loss or gradient is not finite; weights are as after the last good step.
+    """
+    config, state, accelerator = run.config, run.state, run.accelerator
+    schedule = learning_rate_schedule(
+        config.lr_scheduler_type, config.learning_rate, run.total_steps, config.warmup_ratio)
+    batches = _load(run)
+    run.scorer.train()
+    progress = tqdm(total=run.total_steps, initial=state.step, unit="step", dynamic_ncols=True,
+                    disable=not accelerator.is_main_process)
+    clock = _Clock(state)
+    if state.step == 0:
+        _evaluate(run)
+        clock.restart()
+    while state.step < run.total_steps:
+        step = state.step + 1
+        learning_rate = schedule(step)
+        for group in run.optimizer.param_groups:
+            group["lr"] = learning_rate
+        sums, grad_norm, stopped = _optimizer_step(run, step, batches)
+        state.step = step
+        clock.count(sums)
+        _show(progress, sums, clock)
+        if step % config.logging_steps == 0 or step == run.total_steps:
+            _log(run, sums, grad_norm, learning_rate, clock)
+        if _due(config.eval_steps, step) or step == run.total_steps:
+            _evaluate(run)
+            clock.restart()
+        if stopped or _due(config.save_steps, step) or (config.save_steps and step == run.total_steps):
+            clock.store(state)
+            if run.metrics is not None:
+                run.metrics.sync()
+            save_checkpoint(accelerator, run.checkpoints, state, config.save_total_limit)
+            clock.restart()
+        if stopped and step < run.total_steps:
+            progress.close()
+            return False
+    clock.store(state)
+    progress.close()
+    return True
+
+
+def _due(every: int | None, step: int) -> bool:
+    return bool(every) and step % (every or 1) == 0
+
+
+def _load(run: Run) -> Batches:
+    """This rank's micro-batches from the next step on, collated, with their `counted` flags."""
+
+    def plan() -> Iterator[MicroBatch]:
+        for step in range(run.state.step + 1, run.total_steps + 1):
+            yield from run.micro_batches(step)
+
+    sampler: Any = (micro_batch.pairs for micro_batch in plan())
+    loader = DataLoader(run.train_data.dataset, batch_sampler=sampler, collate_fn=run.layout)
+    for micro_batch, batch in zip(plan(), loader, strict=True):
+        yield batch, micro_batch.counted
+
+
+def _optimizer_step(run: Run, step: int, batches: Batches) -> tuple[list[float], float, bool]:
+    """One optimizer step over all its micro-batches.
+
+    The loss is the mean over the step's pairs on all ranks: each rank backpropagates its sum times the number of
+    ranks (which average their gradients) over the number of pairs.
+
+    Returns:
+        The metric sums over all ranks, the gradient norm before clipping, and whether any rank must stop.
+    """
+    accelerator = run.accelerator
+    micro_batches = len(run.micro_batches(step))
+    scale = accelerator.num_processes / len(run.order.step_pairs(step))
+    sums = empty_sums(accelerator.device)
+    for index in range(micro_batches):
+        batch, counted = next(batches)
+        with accumulate(accelerator, run.scorer, last=index == micro_batches - 1):
+            losses, aux_losses, batch_sums = score_batch(
+                run.scorer, run.reference, batch.to(accelerator.device), run.config)
+            accelerator.backward((losses + aux_losses).sum() * (scale * counted))
+        sums += batch_sums * counted
+    grad_norm = clip_gradients(accelerator, run.scorer, run.config.max_grad_norm)
+    own = torch.cat([sums, torch.tensor([float(bool(run.stop))], dtype=sums.dtype, device=sums.device)])
+    *totals, stops = accelerator.reduce(own, "sum").tolist()
+    _check_finite(run, step, totals, grad_norm)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return totals, float(grad_norm), stops > 0
+
+
+def _check_finite(run: Run, step: int, sums: list[float], grad_norm: Tensor) -> None:
+    finite_loss = all(value - value == 0 for value in sums)
+    if finite_loss and (can_skip_steps(run.accelerator) or bool(torch.isfinite(grad_norm))):
+        return
+    what = "gradient norm" if finite_loss else "loss"
+    places = [run.train_data.place_of(run.train_data.dataset[int(pair)]) for pair in run.order.step_pairs(step)[:8]]
+    raise TrainingError(
+        f"the {what} of optimizer step {step} is not finite; the weights of step {step - 1} were not changed. "
+        f"Pairs of the step: {', '.join(places)}. Try a lower learning_rate, or bf16 instead of fp16.")
+
+
+def _evaluate(run: Run) -> None:
+    if run.eval_data is None:
+        return
+    metrics = evaluate(run.accelerator, run.scorer, run.reference, run.eval_data.dataset, run.layout, run.config)
+    _record(run, metrics)
+
+
+def _log(run: Run, sums: list[float], grad_norm: float, learning_rate: float, clock: _Clock) -> None:
+    pairs_per_second, tokens_per_second = clock.rates()
+    line = metrics_of(sums) | {
+        "learning_rate": learning_rate, "grad_norm": grad_norm, "pairs_per_second": pairs_per_second,
+        "tokens_per_second": tokens_per_second, "peak_memory_gib": peak_memory_gib(run.accelerator)}
+    _record(run, line)
+    clock.restart()
+
+
+def _record(run: Run, values: dict[str, float]) -> None:
+    step = run.state.step
+    place = {"step": step, "epoch": step / run.order.steps_per_epoch, "pairs_seen": run.order.pairs_seen(step)}
+    if run.metrics is not None:
+        run.metrics.append(place | values)
+    run.accelerator.log(values | {"epoch": place["epoch"], "pairs_seen": place["pairs_seen"]}, step=step)
+
+
+def _show(progress: Any, sums: list[float], clock: _Clock) -> None:
+    metrics = metrics_of(sums)
+    progress.update()
+    progress.set_postfix_str(
+        f"loss {metrics['loss']:.4f} acc {metrics['rewards/accuracies']:.2f} "
+        f"margin {metrics['rewards/margins']:.3f} {clock.rates()[0]:.1f} pairs/s", refresh=False)
+
+
+class _Clock:
+    """Wall time of the run over all its sessions, and rates since the last `restart`."""
+
+    def __init__(self, state: TrainerState):
+        self._begin = time.perf_counter() - state.seconds
+        self.restart()
+
+    def restart(self) -> None:
+        self._since, self._pairs, self._tokens = time.perf_counter(), 0.0, 0.0
+
+    def count(self, sums: list[float]) -> None:
+        self._pairs += sums[-2]
+        self._tokens += tokens_of(sums)
+
+    def rates(self) -> tuple[float, float]:
+        """Pairs and tokens a second, over all ranks."""
+        elapsed = max(time.perf_counter() - self._since, 1e-9)
+        return self._pairs / elapsed, self._tokens / elapsed
+
+    def store(self, state: TrainerState) -> None:
+        state.seconds = time.perf_counter() - self._begin
