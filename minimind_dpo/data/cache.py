@@ -1,0 +1,205 @@
+"""The cache of tokenized data: one directory for each content, complete or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minimind_dpo.data.chat import TokenizedPair
+from minimind_dpo.data.sources import DataFile
+
+CODE_VERSION = 1  # raise it when the same bytes would be tokenized differently
+_SIDES = ("chosen_input_ids", "chosen_completion_mask", "rejected_input_ids", "rejected_completion_mask")
+_PAIRS_PER_BATCH = 256
+_SCRATCH = ".writing-"
+_SECONDS_TO_SWEEP = 86_400
+_TABLE, _META = "pairs.arrow", "meta.json"
+
+
+@dataclass(frozen=True, slots=True)
+class FileDigest:
+    """What a file holds: sha256 (hex), size in bytes, number of lines."""
+
+    sha256: str
+    size: int
+    lines: int
+
+
+def digest_file(file: DataFile) -> FileDigest:
+    """Reads a file, or the files behind a data set, as a stream."""
+    digest, size, lines = hashlib.sha256(file.kind.encode()), 0, 0
+    for path in [file.name] if file.dataset is None else _dataset_files(file.dataset, digest):
+        with open(path, "rb") as handle:
+            while block := handle.read(1 << 20):
+                digest.update(block)
+                size += len(block)
+                lines += block.count(b"\n")
+    return FileDigest(digest.hexdigest(), size, lines)
+
+
+def key_of(contents: list[str], tokenizer: Any, settings: Any) -> str:
+    """The name of a cache entry: what decides the tokenized pairs, and nothing else."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    for state in ("truncation", "padding"):  # left behind by earlier calls, without effect on ours
+        backend.pop(state, None)
+    parts = [CODE_VERSION, contents, backend, tokenizer.chat_template, tokenizer.special_tokens_map, asdict(settings)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def entry(key: str) -> Path:
+    """The directory of a cache entry."""
+    root = os.environ.get("MINIMIND_DPO_CACHE") or "~/.cache/minimind_dpo"
+    return Path(root).expanduser() / "tokens" / key
+
+
+def load(path: Path) -> tuple[Any, dict[str, Any]] | None:
+    """The memory-mapped data set and the meta data of an entry; None if it is absent or damaged."""
+    import datasets
+
+    try:
+        meta = json.loads((path / _META).read_text(encoding="utf-8"))
+        if (path / _TABLE).stat().st_size != meta["bytes"]:
+            return None
+        return datasets.Dataset.from_file(str(path / _TABLE)), meta
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+class Writer:
+    """Takes pairs and drops in order; writes the pairs' table as a stream and keeps count."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+
+        ids, mask = pa.list_(pa.int32()), pa.list_(pa.int8())
+        sides = list(zip(_SIDES, [ids, mask] * 2, strict=True))
+        values = [("weight", pa.float64()), ("margin", pa.float64()), ("id", pa.string())]
+        self._schema = pa.schema([*sides, *values, ("file", pa.int32()), ("row", pa.int64())])
+        self._table = pa.ipc.new_stream(str(path), self._schema)
+        self._waiting: list[tuple[Any, ...]] = []
+        self._digest = hashlib.sha256()
+        self._kept = 0
+        self._dropped: dict[str, int] = {}
+        self._examples: dict[str, tuple[int, int]] = {}
+
+    def add(self, pair: TokenizedPair, file: int, row: int) -> None:
+        """Takes the next pair, which was read as row `row` of the source's file `file`."""
+        sides = [np.asarray(getattr(pair, name), dtype="<i4") for name in _SIDES]
+        # What a pair teaches is digested, not where it was read.
+        for side in sides:
+            self._digest.update(len(side).to_bytes(8, "little") + side.tobytes())
+        numbers = [pair.weight, np.nan if pair.margin is None else pair.margin]
+        self._digest.update(np.asarray(numbers, dtype="<f8").tobytes())
+        self._kept += 1
+        self._waiting.append((*sides, pair.weight, pair.margin, pair.id, file, row))
+        if len(self._waiting) >= _PAIRS_PER_BATCH:
+            self._flush()
+
+    def drop(self, reason: str, file: int, row: int) -> None:
+        """Counts a row that is left out."""
+        self._dropped[reason] = self._dropped.get(reason, 0) + 1
+        self._examples.setdefault(reason, (file, row))
+
+    def meta(self) -> dict[str, Any]:
+        """Counts and digest so far."""
+        return {
+            "digest": self._digest.hexdigest(),
+            "rows": self._kept + sum(self._dropped.values()),
+            "kept": self._kept,
+            "dropped": self._dropped,
+            "examples": self._examples,
+        }
+
+    def close(self) -> None:
+        """Ends the table."""
+        self._flush()
+        self._table.close()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        if not self._waiting:
+            return
+        columns = [
+            _list_array(column, field.type) if pa.types.is_list(field.type) else pa.array(column, field.type)
+            for field, column in zip(self._schema, zip(*self._waiting, strict=True), strict=True)
+        ]
+        self._table.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
+        self._waiting = []
+
+
+def _list_array(column: tuple[np.ndarray, ...], kind: Any) -> Any:
+    import pyarrow as pa
+
+    offsets = np.cumsum([0, *map(len, column)]).astype(np.int32)
+    values = np.concatenate(column).astype(kind.value_type.to_pandas_dtype())
+    return pa.ListArray.from_arrays(offsets, values, type=kind)
+
+
+@contextmanager
+def write(path: Path) -> Iterator[Writer]:
+    """Writes an entry beside its place and renames it there at the end, so that it is complete or absent.
+
+    Of several processes that write the same entry the first wins; the others find an equal one and take it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path.parent)
+    scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=path.parent))
+    try:
+        writer = Writer(scratch / _TABLE)
+        yield writer
+        writer.close()
+        meta = writer.meta() | {"bytes": (scratch / _TABLE).stat().st_size}
+        (scratch / _META).write_text(json.dumps(meta), encoding="utf-8")
+        for name in (_TABLE, _META):
+            _flush_to_disk(scratch / name)
+        _move(scratch, path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _move(scratch: Path, path: Path) -> None:
+    for _ in range(3):
+        try:
+            os.rename(scratch, path)
+            return
+        except OSError:
+            if load(path) is not None:
+                return
+            # A damaged entry is in the way (a disk that was full, a file that was cut): it makes room.
+            shutil.rmtree(path, ignore_errors=True)
+    os.rename(scratch, path)
+
+
+def _sweep(root: Path) -> None:
+    """Removes what killed processes left half-written long ago."""
+    for scratch in root.glob(f"{_SCRATCH}*"):
+        try:
+            if time.time() - scratch.stat().st_mtime > _SECONDS_TO_SWEEP:
+                shutil.rmtree(scratch, ignore_errors=True)
+        except FileNotFoundError:
+            continue
+
+
+def _flush_to_disk(path: Path) -> None:
+    with open(path, "rb+") as handle:
+        os.fsync(handle.fileno())
+
+
+def _dataset_files(dataset: Any, digest: Any) -> list[str]:
+    """The files of a data set; one that is in memory, or a selection of rows, is told by its fingerprint."""
+    files = [file["filename"] for file in dataset.cache_files]
+    if not files or getattr(dataset, "_indices", None) is not None:
+        digest.update(dataset._fingerprint.encode())
+    return files

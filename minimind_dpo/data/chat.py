@@ -1,0 +1,217 @@
+"""Token ids and completion masks of a pair, through the tokenizer's chat template."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minimind_dpo.config import COMPLETION_MASKS
+from minimind_dpo.data.records import Message, PreferencePair, RowError, shared_length
+from minimind_dpo.data.sources import looks_local
+from minimind_dpo.data.spans import SpanError, TemplateError, chat_template
+from minimind_dpo.errors import UserError
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPair:
+    """Token ids of both sides; a mask is 1 where the token's log-probability counts (never at position 0).
+
+    Ids and mask of a side have the same length, at most `max_length`; nothing is padded.
+    """
+
+    chosen_input_ids: list[int]
+    chosen_completion_mask: list[int]
+    rejected_input_ids: list[int]
+    rejected_completion_mask: list[int]
+    weight: float
+    margin: float | None
+    id: str | None
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Why a pair can't teach anything: a short reason to count by, and a sentence that begins with its place.
+
+    Reasons: `empty_answer`, `no_completion_token`, `identical_sides`, `template_hides_turns`.
+    """
+
+    reason: str
+    message: str
+
+
+def tokenize_pair(
+    pair: PreferencePair, tokenizer: Any, *, max_length: int, completion_mask: str
+) -> TokenizedPair | Drop:
+    """Tokenizes both sides of a pair, or says why the pair has no signal.
+
+    Args:
+        pair: a validated pair.
+        tokenizer: a fast tokenizer of transformers.
+        max_length: tokens a side may have; more are cut off on the right.
+        completion_mask: `all_assistant` counts every assistant turn, `final_turn` those after the messages that
+            both sides share. A turn reaches from the first token after its header through its end marker.
+
+    Raises:
+        RowError: the chat template refuses the conversation, or the text can't be encoded.
+        UserError: the tokenizer can't do this at all.
+    """
+    try:
+        tokenized = encode_pair(pair, tokenizer, max_length=max_length, completion_mask=completion_mask)
+    except SpanError as error:
+        return Drop("template_hides_turns", f"{pair.place}: can't tell where the answer lies: {error}")
+    return find_drop(pair, tokenized) or tokenized
+
+
+def encode_pair(pair: PreferencePair, tokenizer: Any, *, max_length: int, completion_mask: str) -> TokenizedPair:
+    """Tokenizes both sides, whether or not the pair has a signal; as `tokenize_pair`, but raises `SpanError`."""
+    _check_settings(tokenizer, max_length, completion_mask)
+    first_turn = pair.prompt_messages if completion_mask == "final_turn" else 0
+    texts, spans = [], []
+    for messages in (pair.chosen, pair.rejected):
+        text, turns = _render(pair, messages, tokenizer, first_turn)
+        texts.append(text)
+        spans.append(turns)
+    try:
+        encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    except (UnicodeEncodeError, TypeError) as error:
+        raise RowError("not_utf8", f"{pair.place}: the text can't be encoded: {error}") from None
+    input_ids = [ids[:max_length] for ids in encoded["input_ids"]]
+    offsets = [side[:max_length] for side in encoded["offset_mapping"]]
+    return TokenizedPair(
+        chosen_input_ids=input_ids[0],
+        chosen_completion_mask=mask_tokens(offsets[0], spans[0]),
+        rejected_input_ids=input_ids[1],
+        rejected_completion_mask=mask_tokens(offsets[1], spans[1]),
+        weight=pair.weight,
+        margin=pair.margin,
+        id=pair.id,
+        place=pair.place,
+    )
+
+
+def find_drop(pair: PreferencePair, tokenized: TokenizedPair) -> Drop | None:
+    """Why the pair has no signal, or None."""
+    for name, messages, mask in (
+        ("chosen", pair.chosen, tokenized.chosen_completion_mask),
+        ("rejected", pair.rejected, tokenized.rejected_completion_mask),
+    ):
+        if _is_empty(messages[-1]):
+            return Drop("empty_answer", f"{pair.place}: the {name} answer is empty")
+        if not any(mask):
+            return Drop(
+                "no_completion_token", f"{pair.place}: none of the {name} answer's tokens is left within max_length"
+            )
+    if tokenized.chosen_input_ids == tokenized.rejected_input_ids:
+        return Drop("identical_sides", f"{pair.place}: both sides have the same tokens (within max_length)")
+    return None
+
+
+def mask_tokens(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
+    """1 for each token whose first character lies in a span, else 0; position 0 can't be predicted and is 0.
+
+    Args:
+        offsets: the tokens' characters, [T] pairs of start and end in text order.
+        spans: disjoint character ranges, sorted.
+    """
+    mask, reached = [], 0
+    turns = iter([*spans, (sys.maxsize, sys.maxsize)])
+    start, end = next(turns)
+    for first, last in offsets:
+        if first == last:  # some tokenizers report a token of spaces as empty, standing behind them
+            first = min(first, reached)
+        reached = last if last > reached else reached
+        while first >= end:
+            start, end = next(turns)
+        mask.append(int(first >= start))
+    return [0, *mask[1:]] if mask else []
+
+
+def shared_prefix_length(first: list[int], second: list[int]) -> int:
+    """Tokens that two sides share at their start, such that each keeps at least one token of its own."""
+    return shared_length(first, second, keep=1)
+
+
+def load_tokenizer(name: str | os.PathLike[str], trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a directory, or of a hub id.
+
+    Raises:
+        UserError: there is none, or it is not a fast tokenizer (character offsets are needed for masks).
+    """
+    from transformers import AutoTokenizer
+
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise UserError(f"{name}: a file holds no tokenizer; name a directory or a hub id (--tokenizer_name_or_path)")
+    if path.is_dir():
+        if not any((path / file).exists() for file in _TOKENIZER_FILES):
+            raise UserError(
+                f"{name}: no tokenizer in this directory (looked for {', '.join(_TOKENIZER_FILES)}); "
+                "name one with --tokenizer_name_or_path"
+            )
+    elif looks_local(str(name)):
+        raise UserError(
+            f"{name}: no such directory (looked from {Path.cwd()}); name the tokenizer's directory or hub id"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path if path.is_dir() else name), trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # the hub's client and the parsers raise errors of many families
+        raise UserError(f"{name}: no tokenizer can be loaded from it: {error}") from None
+    _check_fast(tokenizer)
+    return tokenizer
+
+
+def _render(
+    pair: PreferencePair, messages: list[Message], tokenizer: Any, first_turn: int
+) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation's text, and the spans of the assistant turns from message `first_turn` on."""
+    if not tokenizer.chat_template:
+        return _render_plain(pair, messages, tokenizer)
+    template = chat_template(tokenizer)
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= first_turn]
+    try:
+        text = template.render(messages, pair.tools)
+        return text, [template.assistant_span(text, messages, pair.tools, index) for index in turns]
+    except TemplateError as error:
+        raise RowError(
+            "template_error", f"{pair.place}: the chat template refuses this conversation: {error}"
+        ) from None
+
+
+def _render_plain(pair: PreferencePair, messages: list[Message], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
+    if not pair.plain:
+        raise UserError(
+            f"{pair.place}: the tokenizer has no chat template, so it can't render conversations; give a "
+            "tokenizer with a chat template, or rows of plain text (prompt, chosen, rejected)"
+        )
+    prompt, answer = (message["content"] for message in messages)
+    text = prompt + answer + (tokenizer.eos_token or "")
+    return text, [(len(prompt), len(text))]
+
+
+def _is_empty(message: Message) -> bool:
+    spoken = ("content", "reasoning_content", "reasoning", "thinking")
+    return not message.get("tool_calls") and not any(str(message.get(name) or "").strip() for name in spoken)
+
+
+def _check_settings(tokenizer: Any, max_length: int, completion_mask: str) -> None:
+    if completion_mask not in COMPLETION_MASKS:
+        raise UserError(f"completion_mask must be one of {', '.join(COMPLETION_MASKS)}, not '{completion_mask}'")
+    if max_length < 2:
+        raise UserError(f"max_length must be at least 2 tokens, not {max_length}")
+    _check_fast(tokenizer)
+
+
+def _check_fast(tokenizer: Any) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            f"{tokenizer.name_or_path}: not a fast tokenizer; masks need character offsets, so give one with "
+            "a tokenizer.json"
+        )

@@ -1,0 +1,124 @@
+"""`minimind-dpo data inspect`: one pair as the model sees it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from itertools import groupby
+from typing import Any
+
+from minimind_dpo.config import COMPLETION_MASKS
+from minimind_dpo.data.chat import TokenizedPair, encode_pair, find_drop, load_tokenizer, shared_prefix_length
+from minimind_dpo.data.records import PreferencePair, parse_line
+from minimind_dpo.data.sources import find_files, read_rows
+from minimind_dpo.data.spans import SpanError
+from minimind_dpo.errors import UserError
+
+_GREEN, _RESET = "\033[32m", "\033[0m"
+
+
+def run_inspect(argv: list[str]) -> int:
+    """Shows the pair that `argv` asks for; returns the exit code 0.
+
+    Raises:
+        UserError: no such pair, a row that can't be used, or no tokenizer.
+    """
+    args = _parser().parse_args(argv)
+    tokenizer = load_tokenizer(args.tokenizer)
+    pair = find_pair(args.data, args.index)
+    try:
+        tokenized = encode_pair(pair, tokenizer, max_length=args.max_length, completion_mask=args.completion_mask)
+    except SpanError as error:
+        raise UserError(f"{pair.place}: can't tell where the answer lies: {error}") from None
+    drop = find_drop(pair, tokenized)
+    if drop is not None:
+        print(f"this pair would be dropped ({drop.reason}): {drop.message}", file=sys.stderr)
+    if args.json:
+        print(json.dumps(describe(tokenized, tokenizer, args.index), ensure_ascii=False))
+    else:
+        print(paint(tokenized, tokenizer, colour=_wants_colour()))
+    return 0
+
+
+def find_pair(source: str | list[str], index: int) -> PreferencePair:
+    """The pair of row `index` (from 0, blank lines don't count); rows before it are read, not checked.
+
+    Raises:
+        UserError: there is no such row, or it can't be used.
+    """
+    rows = 0
+    for file in find_files(source):
+        for number, payload in read_rows(file):
+            if rows == index:
+                return parse_line(payload, file.place(number))
+            rows += 1
+    range_told = f"an index lies between 0 and {rows - 1}" if rows else "there is nothing to inspect"
+    raise UserError(f"--index {index}: the data has {rows} rows, {range_told}")
+
+
+def describe(pair: TokenizedPair, tokenizer: Any, index: int) -> dict[str, Any]:
+    """The object that `--json` prints: ids, completion mask and text of both sides, and what they share."""
+    sides = {
+        name: {"input_ids": ids, "completion_mask": mask, "text": _decode(tokenizer, ids)}
+        for name, ids, mask in _sides(pair)
+    }
+    shared = shared_prefix_length(pair.chosen_input_ids, pair.rejected_input_ids)
+    return {"index": index, **sides, "shared_prefix_tokens": shared}
+
+
+def paint(pair: TokenizedPair, tokenizer: Any, colour: bool) -> str:
+    """Both sides as text, completion tokens in green, or between « and » without colour."""
+    opening, closing = (_GREEN, _RESET) if colour else ("«", "»")
+    blocks = []
+    for name, ids, mask in _sides(pair):
+        text = ""
+        for counts, run in groupby(zip(mask, ids, strict=True), key=lambda item: item[0]):
+            words = _decode(tokenizer, [token for _, token in run])
+            text += f"{opening}{words}{closing}" if counts else words
+        blocks.append(f"== {name}: {len(ids)} tokens, {sum(mask)} count ==\n{text.rstrip()}")
+    shared = shared_prefix_length(pair.chosen_input_ids, pair.rejected_input_ids)
+    blocks.append(f"{pair.place}: the two sides share their first {shared} tokens")
+    return "\n\n".join(blocks)
+
+
+def _sides(pair: TokenizedPair) -> list[tuple[str, list[int], list[int]]]:
+    return [
+        ("chosen", pair.chosen_input_ids, pair.chosen_completion_mask),
+        ("rejected", pair.rejected_input_ids, pair.rejected_completion_mask),
+    ]
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _wants_colour() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def _index(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, not {value}")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="minimind-dpo data inspect",
+        description="Show one preference pair as the model sees it: token ids, completion mask, shared prefix.",
+    )
+    parser.add_argument("--data", required=True, nargs="+", help="preference data: file, glob, directory or hub id")
+    parser.add_argument("--tokenizer", required=True, help="directory or hub id of the tokenizer")
+    parser.add_argument("--index", type=_index, default=0, help="which row, from 0 (default 0)")
+    parser.add_argument("--max_length", type=int, default=1024, help="tokens a side (default 1024)")
+    parser.add_argument(
+        "--completion_mask",
+        choices=COMPLETION_MASKS,
+        default="all_assistant",
+        help="which tokens count: every assistant turn, or only the answer in which the sides differ",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser

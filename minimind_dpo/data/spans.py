@@ -1,0 +1,194 @@
+"""Where the assistant's turns lie in a rendered conversation, found from the chat template's own structure.
+
+Looking for marker text such as `<|im_start|>assistant` would also find markers that a user typed. Here a turn is
+found by rendering the conversation once more with that turn's words replaced by a mark: whatever stands before the
+mark and after it is the template's and the other turns', whatever they say. Where a turn *begins* is where
+generation would have begun: after what the template writes between the previous turn's words and the answer.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+
+from minimind_dpo.data.records import Message
+
+# A generation prompt may end with an (empty) thinking block; what is thought belongs to the answer.
+_THINKING = re.compile(r"[<\[]\|?\w*think", re.IGNORECASE)
+_REASONING = ("reasoning_content", "reasoning", "thinking")  # the names under which transformers passes it on
+# Llama's templates write today's date unless told another: the same data would differ from day to day.
+_LLAMA_DATE = "26 Jul 2024"
+_RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
+
+
+class TemplateError(Exception):
+    """The chat template refuses a conversation (a wrong order of roles, say)."""
+
+
+class SpanError(Exception):
+    """The chat template renders a turn in a way that hides where it begins or ends."""
+
+
+class ChatTemplate:
+    """A tokenizer's chat template: renders conversations and finds the assistant's turns in them."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._leads: dict[tuple[Any, ...], tuple[str, int]] = {}
+        self._terminator: str | None = None
+
+    def render(self, messages: list[Message], tools: Any = None, add_generation_prompt: bool = False) -> str:
+        """The conversation as text.
+
+        Raises:
+            TemplateError: the template refuses the conversation.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                date_string=_LLAMA_DATE,
+            )
+        except _RENDER_ERRORS as error:
+            raise TemplateError(f"{type(error).__name__}: {error}") from None
+
+    def assistant_span(self, text: str, messages: list[Message], tools: Any, index: int) -> tuple[int, int]:
+        """Start and end of turn `index` in `text`, the rendered conversation; the end includes the end marker.
+
+        Raises:
+            SpanError: the template doesn't keep what is before and after the turn.
+            TemplateError: the template refuses the conversation.
+        """
+        mark = _unused("A", text)
+        probe = self.render(_marked(messages, {index: mark}), tools)
+        first, last = probe.find(mark), probe.rfind(mark) + len(mark)
+        if first < 0:
+            raise SpanError(f"the template leaves out the words of message {index}")
+        start = first - self._lead(messages, tools, index, probe[:first], text)
+        closing = last + self._calls_length(messages, tools, index, text)
+        if not probe.startswith(self.terminator, closing):
+            raise SpanError(f"message {index} doesn't end with the template's end marker {self.terminator!r}")
+        end = len(text) - (len(probe) - closing - len(self.terminator))
+        closed = end - len(self.terminator)
+        if start > closed or text[:start] != probe[:start] or text[closed:] != probe[closing:]:
+            raise SpanError(f"the template renders what surrounds message {index} differently, depending on its words")
+        return start, end
+
+    @property
+    def terminator(self) -> str:
+        """What the template writes after every answer, e.g. `<|im_end|>\\n`."""
+        if self._terminator is None:
+            words = ["question", "MARK0", "question", "MARK1"]
+            roles = ["user", "assistant", "user", "assistant"]
+            text = self.render([{"role": r, "content": c} for r, c in zip(roles, words, strict=True)])
+            after = [text.partition(words[1])[2], text.partition(words[3])[2]]
+            self._terminator = os.path.commonprefix(after)
+        return self._terminator
+
+    def _calls_length(self, messages: list[Message], tools: Any, index: int, text: str) -> int:
+        """How many characters the template writes between the last mark of a turn with tool calls and its end."""
+        if "tool_calls" not in messages[index]:
+            return 0
+        # The end marker must come before the next message's words: a later turn has one too.
+        here, there = _unused("A", text), _unused("B", text)
+        full = self.render(_marked(messages, {index: here, index + 1: there}), tools)
+        return max(full.rpartition(here)[2].partition(there)[0].find(self.terminator), 0)
+
+    def _lead(self, messages: list[Message], tools: Any, index: int, before: str, text: str) -> int:
+        """How many characters of turn `index` come before its words (a thinking block, a space, a call's syntax).
+
+        Conversations of the same shape share the answer, so it is taken from a stand-in of that shape, once. The
+        shape isn't all that templates look at, so the stand-in must fit; else the conversation itself is measured.
+        """
+        simple = not any(message["role"] == "tool" or "tool_calls" in message for message in messages)
+        if simple:
+            shape = tuple((m["role"], any(m.get(name) for name in _REASONING)) for m in messages)
+            key = (shape, bool(tools), index)
+            if key not in self._leads:
+                stand_in = [
+                    {"role": role, "content": f"words{i}"} | ({"reasoning_content": f"thoughts{i}"} if thinks else {})
+                    for i, (role, thinks) in enumerate(shape)
+                ]
+                self._leads[key] = self._measure_lead(stand_in, tools, index, text)
+            between, lead = self._leads[key]
+            if before.endswith(between):
+                return lead
+        between, lead = self._measure_lead(messages, tools, index, text)
+        if not before.endswith(between[len(between) - lead :]):
+            raise SpanError(f"the template's text before message {index} depends on the words around it")
+        return lead
+
+    def _measure_lead(self, messages: list[Message], tools: Any, index: int, text: str) -> tuple[str, int]:
+        """The text between the previous turn's words and those of turn `index`, and how much of it is the turn's."""
+        here, there = _unused("A", text), _unused("B", text)
+        full = self.render(_marked(messages, {index: here, index - 1: there}), tools)
+        before, found, _ = full.partition(here)
+        if not found:
+            raise SpanError(f"the template leaves out the words of message {index}")
+        if index == 0:
+            header = self._header()
+            if header not in before:
+                raise SpanError("the template doesn't announce an assistant message that comes first")
+            return before, len(before) - before.rfind(header) - len(header)
+        if there not in before:
+            raise SpanError(f"the template leaves out the words of message {index - 1}")
+        between = before.rpartition(there)[2]
+        asked = self.render(_marked(messages[:index], {index - 1: there}), tools, add_generation_prompt=True)
+        opening = os.path.commonprefix([asked.rpartition(there)[2], between])
+        thinking = _THINKING.search(opening)
+        return between, len(between) - (thinking.start() if thinking else len(opening))
+
+    def _header(self) -> str:
+        """What announces an assistant message, e.g. `<|im_start|>assistant\\n`."""
+        question = [{"role": "user", "content": "question"}]
+        asked, unasked = self.render(question, add_generation_prompt=True), self.render(question)
+        header = asked[len(unasked) :] if asked.startswith(unasked) else ""
+        thinking = _THINKING.search(header)
+        return header[: thinking.start()] if thinking else header
+
+
+@lru_cache(maxsize=8)
+def _chat_template(tokenizer: Any, source: str) -> ChatTemplate:
+    return ChatTemplate(tokenizer)
+
+
+def chat_template(tokenizer: Any) -> ChatTemplate:
+    """The tokenizer's chat template, kept with what was learnt about it."""
+    return _chat_template(tokenizer, str(tokenizer.chat_template))
+
+
+def _marked(messages: list[Message], marks: dict[int, str]) -> list[Message]:
+    """The messages, with every word of some of them replaced by a mark; which fields they have stays the same."""
+    return [_mark(message, marks[i]) if i in marks else message for i, message in enumerate(messages)]
+
+
+def _mark(message: Message, mark: str) -> Message:
+    marked = dict(message)
+    if message["content"] or "tool_calls" not in message:
+        marked["content"] = mark
+    marked |= {name: mark for name in _REASONING if message.get(name)}
+    if "tool_calls" in message:
+        marked["tool_calls"] = [_mark_call(call, mark) for call in message["tool_calls"]]
+    return marked
+
+
+def _mark_call(call: Any, mark: str) -> Any:
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return call | {"function": _mark_call(call["function"], mark)}
+    return call | {"name": mark, "arguments": {}}
+
+
+def _unused(letter: str, text: str) -> str:
+    """A mark that stands nowhere in the text: letters and digits only, so that no template trims or escapes it."""
+    number = 0
+    while (mark := f"MARK{letter}{number}MARK") in text:
+        number += 1
+    return mark

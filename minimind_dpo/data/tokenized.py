@@ -1,0 +1,242 @@
+"""Tokenizes preference data into a memory-mapped table, once for each content, and counts what it leaves out."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
+from multiprocessing import get_context
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from minimind_dpo.config import BAD_ROW_POLICIES
+from minimind_dpo.data import cache
+from minimind_dpo.data.chat import Drop, TokenizedPair, load_tokenizer, tokenize_pair
+from minimind_dpo.data.records import RowError, logger, parse_line
+from minimind_dpo.data.sources import DataFile, count_rows, find_files, read_rows
+from minimind_dpo.errors import UserError
+
+__all__ = ["Report", "TokenizedData", "load_tokenizer", "tokenize_files"]
+
+_ROWS_PER_CHUNK = 128
+_BYTES_PER_PROCESS = 8 << 20  # smaller data is done before a second process has started
+
+
+@dataclass(slots=True)
+class Report:
+    """What became of the rows: how many were read and kept, and per reason how many dropped and where the first."""
+
+    rows: int = 0
+    kept: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        text = f"kept {self.kept} of {self.rows} pairs"
+        reasons = sorted(self.dropped, key=lambda reason: -self.dropped[reason])
+        told = [f"{self.dropped[reason]} {reason} (first: {self.examples[reason]})" for reason in reasons]
+        return f"{text}; dropped {self.rows - self.kept}: {', '.join(told)}" if told else text
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedData:
+    """Tokenized pairs in file order.
+
+    `dataset` is a memory-mapped `datasets.Dataset`; its rows have `chosen_input_ids`, `chosen_completion_mask`,
+    `rejected_input_ids`, `rejected_completion_mask`, `weight`, `margin`, `id` and `place`. `digest` is the sha256 of
+    all ids, masks, weights and margins in order: the same content under another path has the same digest.
+    """
+
+    dataset: Any
+    digest: str
+    report: Report
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What decides how a row is tokenized; part of the cache's key."""
+
+    max_length: int
+    completion_mask: str
+    on_bad_row: str
+
+
+def tokenize_files(
+    source: str | list[str],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    completion_mask: str,
+    on_bad_row: str,
+    num_proc: int | None = None,
+) -> TokenizedData:
+    """Tokenizes a source of preference pairs, or takes them from the cache of an earlier call.
+
+    The cache lies in `$MINIMIND_DPO_CACHE` (default `~/.cache/minimind_dpo`) and is addressed by content: the files'
+    bytes, the tokenizer and the settings. Memory use doesn't grow with the number of pairs.
+
+    Args:
+        source: what `find_files` accepts: file, glob, directory, hub id, or a list of them.
+        tokenizer: a fast tokenizer of transformers.
+        max_length: tokens a side may have; more are cut off on the right.
+        completion_mask: `all_assistant` or `final_turn`.
+        on_bad_row: `fail` raises at the first row that is malformed or has no signal, `drop` drops and counts both,
+            `auto` raises at malformed rows and drops those without signal.
+        num_proc: processes to tokenize with; by default as many as the data's size makes worthwhile. More than one
+            start afresh (spawn), so a script that asks for them needs the `if __name__ == "__main__"` guard.
+
+    Raises:
+        RowError: a row that `on_bad_row` doesn't let pass; the message names its place.
+        UserError: no data, no usable pair, or wrong settings.
+    """
+    if on_bad_row not in BAD_ROW_POLICIES:
+        raise UserError(f"on_bad_row must be one of {', '.join(BAD_ROW_POLICIES)}, not '{on_bad_row}'")
+    files = tuple(find_files(source))
+    settings = Settings(max_length, completion_mask, on_bad_row)
+    content = [cache.digest_file(file) for file in files]
+    key = cache.key_of([digest.sha256 for digest in content], tokenizer, settings)
+    entry = cache.entry(key)
+    if (found := cache.load(entry)) is None:
+        processes = num_proc or _worthwhile_processes(sum(digest.size for digest in content))
+        rows = _total_rows(files, content)
+        with cache.write(entry) as writer:
+            _tokenize_into(writer, files, tokenizer, settings, processes, rows)
+        found = cache.load(entry)
+        assert found is not None
+    dataset, meta = found
+    report = _report(meta, files)
+    if _is_first_rank():
+        logger.log(logging.WARNING if report.dropped else logging.INFO, "%s", report)
+    # The cache keeps numbers; the names are those of the files in use now, which may have moved.
+    dataset = dataset.with_transform(partial(_add_places, tuple(replace(file, dataset=None) for file in files)))
+    return TokenizedData(dataset, meta["digest"], report)
+
+
+def _tokenize_into(
+    writer: cache.Writer,
+    files: tuple[DataFile, ...],
+    tokenizer: Any,
+    settings: Settings,
+    processes: int,
+    rows: int | None,
+) -> None:
+    bar = tqdm(total=rows, desc="tokenizing", unit=" pairs", disable=None if _is_first_rank() else True)
+    with bar:
+        for chunk, outcomes in _tokenize_chunks(_chunks(files), tokenizer, settings, processes):
+            for (file, row, _, _), outcome in zip(chunk, outcomes, strict=True):
+                if isinstance(outcome, TokenizedPair):
+                    writer.add(outcome, file, row)
+                    continue
+                drop, malformed = outcome
+                if settings.on_bad_row == "fail" or (malformed and settings.on_bad_row == "auto"):
+                    raise RowError(drop.reason, f"{drop.message} (on_bad_row: drop leaves such rows out)")
+                writer.drop(drop.reason, file, row)
+            bar.update(len(chunk))
+    report = _report(writer.meta(), files)
+    if not report.kept:
+        raise UserError(f"no usable pair in {', '.join(file.name for file in files)}: {report}")
+
+
+Chunk = list[tuple[int, int, str, bytes | dict[str, Any]]]  # file, row, place, undecoded row
+Outcome = TokenizedPair | tuple[Drop, bool]  # why there is no pair, and whether the row is malformed
+
+
+def _chunks(files: tuple[DataFile, ...]) -> Iterator[Chunk]:
+    rows = (
+        (number, row, file.place(row), payload) for number, file in enumerate(files) for row, payload in read_rows(file)
+    )
+    while chunk := list(islice(rows, _ROWS_PER_CHUNK)):
+        yield chunk
+
+
+def _tokenize_chunks(
+    chunks: Iterator[Chunk], tokenizer: Any, settings: Settings, processes: int
+) -> Iterator[tuple[Chunk, list[Outcome]]]:
+    """Chunks and their outcomes, in order, whatever the number of processes."""
+    # The first chunk is always done here: small data never pays for processes, and notices are given once.
+    for chunk in islice(chunks, 1 if processes > 1 else None):
+        yield chunk, _tokenize_chunk(chunk, tokenizer, settings)
+    waiting: deque[tuple[Chunk, Future[list[Outcome]]]] = deque()
+    if processes == 1 or not (second := next(chunks, None)):
+        return
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (tokenizer, settings))
+    try:
+        waiting.append((second, pool.submit(_work, second)))
+        for chunk in chunks:
+            waiting.append((chunk, pool.submit(_work, chunk)))
+            if len(waiting) > 3 * processes:  # bounded, so that a fast reader doesn't fill the memory
+                done, future = waiting.popleft()
+                yield done, future.result()
+        while waiting:
+            done, future = waiting.popleft()
+            yield done, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _tokenize_chunk(chunk: Chunk, tokenizer: Any, settings: Settings) -> list[Outcome]:
+    return [_tokenize_row(payload, place, tokenizer, settings) for _, _, place, payload in chunk]
+
+
+def _tokenize_row(payload: bytes | dict[str, Any], place: str, tokenizer: Any, settings: Settings) -> Outcome:
+    try:
+        pair = parse_line(payload, place)
+        outcome = tokenize_pair(
+            pair, tokenizer, max_length=settings.max_length, completion_mask=settings.completion_mask
+        )
+    except RowError as error:
+        return Drop(error.reason, str(error)), True
+    return (outcome, False) if isinstance(outcome, Drop) else outcome
+
+
+_worker: tuple[Any, Settings] | None = None
+
+
+def _start_worker(tokenizer: Any, settings: Settings) -> None:
+    global _worker
+    _worker = (tokenizer, settings)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    logger.setLevel(logging.ERROR)  # the parent has given the notices
+
+
+def _work(chunk: Chunk) -> list[Outcome]:
+    assert _worker is not None
+    return _tokenize_chunk(chunk, *_worker)
+
+
+def _add_places(files: tuple[DataFile, ...], batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    if "row" not in batch:  # single columns are asked for
+        return batch
+    numbers = zip(batch.pop("file"), batch.pop("row"), strict=True)
+    return batch | {"place": [files[file].place(row) for file, row in numbers]}
+
+
+def _report(meta: dict[str, Any], files: tuple[DataFile, ...]) -> Report:
+    examples = {reason: files[file].place(row) for reason, (file, row) in meta["examples"].items()}
+    return Report(rows=meta["rows"], kept=meta["kept"], dropped=dict(meta["dropped"]), examples=examples)
+
+
+def _total_rows(files: tuple[DataFile, ...], content: list[cache.FileDigest]) -> int | None:
+    """Rows to expect, for the progress bar; None where only reading would tell."""
+    counts = [
+        digest.lines if file.kind == "jsonl" else count_rows(file) for file, digest in zip(files, content, strict=True)
+    ]
+    return None if None in counts else sum(count for count in counts if count is not None)
+
+
+def _worthwhile_processes(size: int) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, 16, size // _BYTES_PER_PROCESS))
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"

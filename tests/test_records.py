@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers_data import row, say, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minimind_dpo.data import records, sources
+from minimind_dpo.data.records import PreferencePair, RowError, parse_line, parse_row, shared_length
+from minimind_dpo.data.sources import count_rows, find_files, looks_local, read_pairs, read_rows
+from minimind_dpo.errors import UserError
+
+
+def test_implicit_prompt() -> None:
+    pair = parse_row(row("a", "b", "c", chosen="yes", rejected="no"), "f.jsonl:7")
+    assert pair.chosen == say("a", "b", "c", "yes")
+    assert pair.rejected == say("a", "b", "c", "no")
+    assert (pair.prompt_messages, pair.place, pair.weight, pair.margin, pair.id, pair.plain) == (
+        3, "f.jsonl:7", 1.0, None, None, False)  # fmt: skip
+
+
+def test_explicit_prompt_equals_implicit() -> None:
+    explicit = {"prompt": say("a", "b", "c"), "chosen": say("assistant: yes"), "rejected": say("assistant: no")}
+    assert parse_row(explicit, "x") == parse_row(row("a", "b", "c", chosen="yes", rejected="no"), "x")
+
+
+def test_plain_text_is_a_user_and_an_assistant_message() -> None:
+    pair = parse_row({"prompt": "a", "chosen": "yes", "rejected": "no"}, "x")
+    assert pair == PreferencePair(say("a", "yes"), say("a", "no"), 1, "x", plain=True)
+
+
+def test_message_prefix_leaves_each_side_its_last_message() -> None:
+    assert parse_row(row("a", chosen="same", rejected="same"), "x").prompt_messages == 1
+    longer = {"chosen": say("a", "b"), "rejected": say("a", "b", "c", "d")}
+    assert parse_row(longer, "x").prompt_messages == 1
+    differs = {"chosen": say("a", "b", "c", "d"), "rejected": say("a", "B", "c", "d")}
+    assert parse_row(differs, "x").prompt_messages == 1
+
+
+@settings(max_examples=50)
+@given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)), st.integers(0, 2))
+def test_shared_length(first: list[int], second: list[int], keep: int) -> None:
+    length = shared_length(first, second, keep)
+    assert first[:length] == second[:length]
+    limit = max(min(len(first), len(second)) - keep, 0)
+    assert length == limit or (length < limit and first[length] != second[length])
+
+
+def test_absent_fields_of_arrow_rows_are_stripped() -> None:
+    empty = {"tool_calls": None, "reasoning_content": None}
+    given_row = row("a") | {"tools": None, "weight": None, "prompt": None}
+    given_row["chosen"] = [message | empty for message in given_row["chosen"]]
+    assert parse_row(given_row, "x") == parse_row(row("a"), "x")
+
+
+def test_tools_and_calls_as_json_text() -> None:
+    call, tool = {"function": {"name": "f", "arguments": {}}}, {"type": "function", "function": {"name": "f"}}
+    talk = say("system: s", "q", "assistant: ", "tool: 3", "assistant: three")
+    talk[0]["tools"], talk[2]["tool_calls"], talk[4]["tool_calls"] = json.dumps([tool]), json.dumps([call]), ""
+    pair = parse_row({"chosen": talk, "rejected": [*talk[:-1], *say("assistant: four")]}, "x")
+    assert pair.tools == [tool]
+    assert pair.chosen[2] == {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert pair.chosen[4] == {"role": "assistant", "content": "three"} and "tools" not in pair.chosen[0]
+    for tools in ([tool], json.dumps([tool])):
+        assert parse_row(row("q", tools=tools), "x").tools == [tool]
+    bare = {"chosen": [*say("q"), {"role": "assistant", "tool_calls": [call]}], "rejected": say("q", "no")}
+    assert parse_row(bare, "x").chosen[1] == {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
+MESSAGE = say("q", "a")
+BAD_ROWS: list[tuple[Any, str, str]] = [
+    (3, "wrong_type", "a row must be an object"),
+    ({"chosen": MESSAGE}, "wrong_keys", "found the keys chosen; accepted rows"),
+    ({"conversations": []}, "wrong_keys", "found the keys conversations; accepted rows"),
+    ({"chosen": "a", "rejected": "b"}, "wrong_keys", "need a prompt"),
+    ({"chosen": "a", "rejected": MESSAGE}, "wrong_type", "a text and a list"),
+    ({"prompt": MESSAGE[:1], "chosen": "a", "rejected": "b"}, "wrong_type", "prompt must be a text"),
+    ({"prompt": "q", "chosen": MESSAGE, "rejected": MESSAGE}, "wrong_type", "prompt is a text but"),
+    ({"chosen": [], "rejected": MESSAGE}, "empty_list", "chosen is an empty list"),
+    ({"prompt": [], "chosen": MESSAGE, "rejected": MESSAGE}, "empty_list", "prompt is an empty list"),
+    ({"chosen": MESSAGE, "rejected": MESSAGE[:1]}, "wrong_role", "rejected must end with an assistant message"),
+    ({"chosen": MESSAGE, "rejected": ["q", "a"]}, "wrong_type", r"rejected\[0\] must be"),
+    ({"chosen": [{"content": "q"}], "rejected": MESSAGE}, "wrong_keys", r"chosen\[0\] has no role"),
+    ({"chosen": [{"role": "human", "content": "q"}], "rejected": MESSAGE}, "wrong_role", "role 'human'; roles are"),
+    ({"chosen": [{"role": "user"}], "rejected": MESSAGE}, "wrong_type", r"chosen\[0\] must be a text, not nothing"),
+    ({"chosen": [{"role": "user", "content": [{}]}], "rejected": MESSAGE}, "wrong_type", "must be a text, not a list"),
+    (row("q", weight=-1), "wrong_weight", "weight must be a finite number, at least 0, not -1"),
+    (row("q", weight="1"), "wrong_weight", "weight must be"),
+    (row("q", weight=True), "wrong_weight", "weight must be"),
+    (row("q", margin=float("nan")), "wrong_margin", "margin must be a finite number, not nan"),
+    (row("q", id=1.5), "wrong_type", "id must be"),
+    (row("q", tools=[1]), "wrong_type", "tools must be"),
+    (row("q", tools="{"), "broken_json", "tools is not JSON"),
+]
+
+
+@pytest.mark.parametrize("bad, reason, message", BAD_ROWS)
+def test_bad_rows_name_place_and_reason(bad: Any, reason: str, message: str) -> None:
+    with pytest.raises(RowError, match=f"^f.jsonl:17: .*{message}") as caught:
+        parse_row(bad, "f.jsonl:17")
+    assert caught.value.reason == reason
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (again.reason, str(again)) == (reason, str(caught.value))
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        (b'{"chosen": ', "broken_json"),
+        (b"[" * 100_000, "broken_json"),
+        (b'{"chosen": NaN}', "broken_json"),
+        (b'{"a": 1} {"b": 2}', "broken_json"),
+        (b'{"chosen": "\xff"}', "not_utf8"),
+        ('{"chosen": 1}'.encode("utf-16"), "not_utf8"),
+    ],
+)
+def test_broken_lines(line: bytes, reason: str) -> None:
+    with pytest.raises(RowError, match="^f:2: ") as caught:
+        parse_line(line, "f:2")
+    assert caught.value.reason == reason
+
+
+def test_unknown_columns_are_noticed_once(caplog: pytest.LogCaptureFixture) -> None:
+    records._noticed_columns.clear()
+    with caplog.at_level(logging.WARNING, "minimind_dpo"):
+        for _ in range(3):
+            parse_row(row("q", score=1, source="web"), "f:1")
+    assert [record.getMessage() for record in caplog.records] == [
+        "ignoring unknown columns: score, source (first seen at f:1)"
+    ]
+
+
+ROWS = [row(f"question {i}", chosen=f"yes {i} 你好", rejected=f"no\n{i}") for i in range(600)]
+
+
+def places(source: Any) -> list[str]:
+    return [pair.place for pair in read_pairs(source)]
+
+
+def questions(source: Any) -> list[str]:
+    return [pair.chosen[0]["content"] for pair in read_pairs(source)]
+
+
+EXPECTED = [f"question {i}" for i in range(600)]
+
+
+def test_jsonl_with_bom_and_blank_lines(tmp_path: Path) -> None:
+    lines = [json.dumps(item) for item in ROWS[:3]]
+    path = tmp_path / "f.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + f"{lines[0]}\r\n\n  \n{lines[1]}\n{lines[2]}".encode())
+    assert places(str(path)) == [f"{path}:1", f"{path}:4", f"{path}:5"]
+    assert questions(str(path)) == EXPECTED[:3]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("read", [7, 1 << 18])
+def test_json_array_is_streamed(tmp_path: Path, indent: int | None, read: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sources, "_READ_CHARACTERS", read)
+    monkeypatch.setattr(sources._more, "__defaults__", (read,))
+    path = tmp_path / "f.json"
+    text = json.dumps(ROWS[:40], indent=indent, ensure_ascii=False)
+    path.write_text("\ufeff \n" + text + "\n", encoding="utf-8")
+    assert questions(str(path)) == EXPECTED[:40]
+    lines = ("\n" + text).split("\n")
+    starts = [i for i, line in enumerate(lines, 1) if line == "  {"] if indent else [2] * 40
+    assert places(str(path)) == [f"{path}:{line}" for line in starts]
+
+
+def test_json_file_of_lines(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "f.json", ROWS[:5])
+    assert questions(path) == EXPECTED[:5]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('[{"a": 1}', r"f.json:1: the file ends before its closing \]"),
+        ('[\n{"a": 1},\n{"b": }]', "f.json:3: broken JSON in the row that begins here"),
+        ('[{"a": 1} {"b": 2}]', r"f.json:1: found '\{' where one of ',\]' must stand"),
+        ('[{"a": 1}\n,]', r"f.json:2: found '\]'"),
+        ("[\n1, 2]", "f.json:2: found '1'"),
+    ],
+)
+def test_broken_arrays(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "f.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        list(read_rows(find_files(str(path))[0]))
+
+
+def test_array_that_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "f.json").write_bytes(b'[{"a": "\xff"}]')
+    with pytest.raises(UserError, match="f.json: not UTF-8"):
+        list(read_rows(find_files(str(tmp_path / "f.json"))[0]))
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "f.parquet"
+    pq.write_table(pa.Table.from_pylist(ROWS), path)
+    assert questions(str(path)) == EXPECTED
+    assert places(str(path))[:2] == [f"{path}:row 1", f"{path}:row 2"]
+    assert count_rows(find_files(str(path))[0]) == 600
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 nonsense")
+    with pytest.raises(UserError, match="bad.parquet: can't be read as parquet"):
+        places(str(tmp_path / "bad.parquet"))
+
+
+def test_directory_saved_by_datasets(tmp_path: Path) -> None:
+    data = datasets.Dataset.from_list(ROWS[:5])
+    data.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict(train=data, test=data.select([0])).save_to_disk(str(tmp_path / "split"))
+    datasets.DatasetDict(test=data).save_to_disk(str(tmp_path / "other"))
+    for name in ("one", "split"):
+        assert questions(str(tmp_path / name)) == EXPECTED[:5]
+        assert places(str(tmp_path / name))[0] == f"{tmp_path / name}:row 1"
+    with pytest.raises(UserError, match="no split 'train', only test"):
+        places(str(tmp_path / "other"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="not a directory saved by datasets"):
+        places(str(tmp_path / "empty"))
+
+
+def test_lists_and_globs_keep_their_order(tmp_path: Path) -> None:
+    for name, item in zip("bac", ROWS, strict=False):
+        write_jsonl(tmp_path / f"{name}.jsonl", [item])
+    assert questions(str(tmp_path / "*.jsonl")) == [EXPECTED[1], EXPECTED[0], EXPECTED[2]]
+    assert questions([str(tmp_path / "c.jsonl"), str(tmp_path / "[ab].jsonl")]) == [EXPECTED[i] for i in (2, 1, 0)]
+
+
+def test_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(name: str, split: str) -> Any:
+        asked.append((name, split))
+        if name != "owner/pairs":
+            raise ConnectionError("offline")
+        return datasets.Dataset.from_list(ROWS[:2])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert places("owner/pairs") == ["owner/pairs:row 1", "owner/pairs:row 2"]
+    with pytest.raises(UserError, match="owner/absent: no such file .* as a hub data set .* offline"):
+        places("owner/absent")
+    assert asked == [("owner/pairs", "train"), ("owner/absent", "train")]
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("absent.jsonl", "absent.jsonl: no such file or directory"),
+        ("data/absent.jsonl", "no such file or directory"),
+        ("./owner/name", "no such file or directory"),
+        ("tests/absent", "no such file or directory"),
+        ("absent-*.jsonl", "no file matches this pattern"),
+        ([], "no data given"),
+        (__file__, r"unknown kind of file '\.py'"),
+    ],
+)
+def test_sources_that_are_not_there(source: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    with pytest.raises(UserError, match=message):
+        find_files(source)
+
+
+def test_looks_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    assert [looks_local(name) for name in ("/a", "./a", "~/a", "a/b/c", "out/a", "a/")] == [True] * 6
+    assert [looks_local(name) for name in ("owner/name", "gpt2")] == [False] * 2
+
+
+def test_pair_is_a_value() -> None:
+    assert parse_row(row("a"), "x") == parse_row(row("a"), "x")
+    assert isinstance(pickle.loads(pickle.dumps(parse_row(row("a"), "x"))), PreferencePair)
