@@ -1,0 +1,15 @@
+"""Language models: loading them, the one that is written here, and their router losses."""
+
+from .loading import load_model
+from .minimind import MiniMindMoeConfig, MiniMindMoeForCausalLM, MiniMindMoeModel
+from .router import RouterSettings, router_aux_loss, router_settings
+
+__all__ = [
+    "MiniMindMoeConfig",
+    "MiniMindMoeForCausalLM",
+    "MiniMindMoeModel",
+    "RouterSettings",
+    "load_model",
+    "router_aux_loss",
+    "router_settings",
+]

@@ -1,0 +1,240 @@
+"""One way in for every model: `load_model`."""
+
+from __future__ import annotations
+
+import difflib
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.modeling_utils import local_torch_dtype
+
+from ..errors import UserError
+from .weights import (
+    EMBEDDING_KEYS,
+    MODEL_CLASSES,
+    WeightLayout,
+    minimind_config,
+    minimind_view,
+    read_layout,
+    summarize,
+)
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CONFIG_OVERRIDES = ("attention_dropout", "max_position_embeddings", "router_aux_loss_coef", "use_cache")
+LOAD_OVERRIDES = ("dtype", "attn_implementation", "num_attention_heads", "trust_remote_code")
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+    num_attention_heads: int | None = None,
+    trust_remote_code: bool = False,
+    **overrides,
+) -> PreTrainedModel:
+    """Load a causal language model from any source, strictly and on the CPU, in eval mode.
+
+    Args:
+        path: a run directory of `minimind-dpo train` (its `model/` is taken), a `save_pretrained` directory,
+            a hub id, MiniMind's raw weights (`*.pth`, either generation, dense or mixture of experts) or a
+            `.gguf` file.
+        dtype: of the weights: `float32`, `float16`, `bfloat16` or `auto` (the source's own).
+        attn_implementation: a name known to transformers or registered with its AttentionInterface.
+        num_attention_heads: raw weights only. Generation 2 does not tell its heads; MiniMind's default is 8.
+        trust_remote_code: run model code that comes with a directory or hub id.
+        **overrides: settings of the configuration, those of `CONFIG_OVERRIDES`.
+
+    Returns:
+        The model. MiniMind's raw weights become Llama (generation 2), Qwen3 or Qwen3-MoE (generation 3) or
+        `MiniMindMoeForCausalLM` (generation 2 mixture of experts), and `config.minimind_generation` keeps the
+        generation, also when the model is saved and loaded again.
+
+    Raises:
+        UserError: nothing is there, a weight is missing, unexpected, of a wrong shape or not finite, an
+            override is unknown or does not fit the model.
+    """
+    _check_overrides(overrides)
+    wanted = _parse_dtype(dtype)
+    location = locate_model(str(path))
+    if location is not None and location.is_file() and location.suffix != ".gguf":
+        model = _load_raw(location, wanted, attn_implementation, num_attention_heads, overrides)
+    elif num_attention_heads is not None:
+        raise UserError(
+            f"{path}: num_attention_heads is for MiniMind's raw weights (*.pth) only; this model's "
+            "configuration has its own. Leave the setting out."
+        )
+    else:
+        options = {"trust_remote_code": trust_remote_code, "attn_implementation": attn_implementation}
+        model = _load_pretrained(str(location or path), wanted, options, overrides)
+    _check_finite(model, str(path))
+    return model.eval()
+
+
+def _check_overrides(overrides: dict) -> None:
+    """Name every override that does not exist, with its nearest relative."""
+    for name in overrides:
+        if name not in CONFIG_OVERRIDES:
+            known = (*LOAD_OVERRIDES, *CONFIG_OVERRIDES)
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise UserError(f"load_model: unknown override {name!r}.{hint} Known: {', '.join(known)}.")
+
+
+def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """The torch dtype, None for `auto`."""
+    if dtype == "auto":
+        return None
+    parsed = DTYPES.get(dtype, None) if isinstance(dtype, str) else dtype
+    if parsed not in DTYPES.values():
+        raise UserError(f"dtype is {dtype!r}; use {', '.join(DTYPES)} or auto.")
+    return parsed
+
+
+def locate_model(path: str) -> Path | None:
+    """Find the file or the directory with `config.json`, for a run directory its `model/`.
+
+    Returns:
+        None for what can only be a hub id.
+
+    Raises:
+        UserError: a local path with no model behind it.
+    """
+    location = Path(path).expanduser()
+    if location.is_file():
+        return location
+    if location.is_dir():
+        for folder in (location, location / "model"):
+            if (folder / "config.json").is_file():
+                return folder
+        raise UserError(
+            f"{path}: no model in this directory: neither config.json (a saved model) nor model/config.json "
+            "(a finished run) is there."
+        )
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    beside_others = "/" in path and location.parent.is_dir()
+    if looks_local or beside_others or location.suffix in (".pth", ".pt", ".bin", ".gguf", ".safetensors"):
+        raise UserError(f"{path}: no such model file or directory.")
+    return None
+
+
+def _apply_overrides(config: PreTrainedConfig, overrides: dict, source: str) -> None:
+    """Set configuration fields that the model must already have."""
+    for name, value in overrides.items():
+        if not hasattr(config, name):
+            raise UserError(f"{source}: {type(config).__name__} has no setting {name}. Leave it out.")
+        setattr(config, name, value)
+
+
+def _load_pretrained(
+    source: str, dtype: torch.dtype | None, options: dict, overrides: dict
+) -> PreTrainedModel:
+    """Load a directory, a hub id or a GGUF file through transformers, and let no key pass unnoticed."""
+    is_gguf = source.endswith(".gguf")
+    name = str(Path(source).parent) if is_gguf else source
+    files = {"gguf_file": Path(source).name} if is_gguf else {}
+    load: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=options["trust_remote_code"], **files)
+        _apply_overrides(config, overrides, source)
+        options = options | files | {"config": config, "dtype": dtype or "auto"}
+        model, info = load(name, output_loading_info=True, **options)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise UserError(f"{source}: transformers can't load this model: {error}") from error
+    problems = [f"missing {key}" for key in sorted(info["missing_keys"])]
+    problems += [f"unexpected {key}" for key in sorted(info["unexpected_keys"])]
+    problems += [f"wrong shape {key}" for key in sorted(info["mismatched_keys"])]
+    problems += list(info.get("error_msgs") or ())
+    if problems:
+        raise UserError(f"{source}: weights and configuration don't fit together: {summarize(problems)}")
+    return model
+
+
+def read_raw_weights(path: Path) -> dict[str, Tensor]:
+    """Read a `.pth` file of tensors, mapped into memory where its format allows it; no code of it is run.
+
+    Raises:
+        UserError: damaged, or something else than a mapping of names to floating-point tensors.
+    """
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files of torch before 1.6 can't be mapped
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{path}: not a readable file of weights: damaged, cut short, or it holds more than tensors. "
+            "Copy it again, or save it anew with torch.save of a state_dict."
+        ) from error
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):
+        raise UserError(f"{path}: a training checkpoint; use the weight file, such as out/full_sft_512.pth.")
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path}: expected a file of named tensors, as MiniMind's training scripts save it.")
+    wrong = [f"{key} is {value.dtype}" for key, value in state.items() if not value.is_floating_point()]
+    if wrong:
+        raise UserError(f"{path}: weights must be floating-point numbers: {summarize(wrong)}")
+    return state
+
+
+def _load_raw(
+    path: Path,
+    dtype: torch.dtype | None,
+    attn_implementation: str | None,
+    num_attention_heads: int | None,
+    overrides: dict,
+) -> PreTrainedModel:
+    """Build the transformers model that MiniMind's raw weights are, and copy them into it."""
+    state = read_raw_weights(path)
+    layout = read_layout({key: tuple(tensor.shape) for key, tensor in state.items()}, str(path))
+    config = minimind_config(layout, num_attention_heads, str(path))
+    config.tie_word_embeddings = _embeddings_tied(state, layout, path)
+    config.dtype = dtype or state[EMBEDDING_KEYS[0]].dtype
+    config._attn_implementation = attn_implementation
+    _apply_overrides(config, overrides, str(path))
+    model_class = MODEL_CLASSES[layout.generation, layout.is_moe][1]
+    try:
+        with no_init_weights(), local_torch_dtype(config.dtype, model_class.__name__):
+            model = model_class(config)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{path}: {error}") from error
+    model.tie_weights()
+    # Every parameter is written once, in place: no second copy of the model, whatever the file's dtype.
+    targets = minimind_view(model.state_dict())
+    for key, tensor in state.items():
+        targets.pop(key).copy_(tensor)
+    if targets:
+        raise RuntimeError(f"weights left without a value: {sorted(targets)}")
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def _embeddings_tied(state: dict[str, Tensor], layout: WeightLayout, path: Path) -> bool:
+    """Whether input and output embeddings are one matrix: always in generation 2, mostly in generation 3."""
+    tied = torch.equal(state[EMBEDDING_KEYS[0]], state[EMBEDDING_KEYS[1]])
+    if not tied and layout.generation == 2:
+        raise UserError(
+            f"{path}: {' and '.join(EMBEDDING_KEYS)} differ, but MiniMind's generation 2 has one matrix for "
+            "both: the file is damaged or not MiniMind's."
+        )
+    return tied
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether every element is a finite number; takes no memory of the tensor's size."""
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
+def _check_finite(model: PreTrainedModel, source: str) -> None:
+    """Refuse weights that are infinite or not a number."""
+    tensors = [(key, tensor) for key, tensor in model.state_dict().items() if tensor.is_floating_point()]
+    bad = [key for key, tensor in tensors if tensor.numel() and not _is_finite(tensor)]
+    if bad:
+        raise UserError(f"{source}: weights that are infinite or not a number: {summarize(bad)}")
