@@ -18,14 +18,18 @@ class UserError(ValueError):
     """
 
 
+class TrainingError(RuntimeError):
+    """The run cannot go on, through no mistake of its configuration; exit code 1, with its message alone."""
+
+
 def exit_code(command: Callable[[], int]) -> int:
     """Run a command; 2 with one message for a user's mistake, 1 with a traceback for a failure."""
     try:
         return command()
-    except UserError as error:
+    except (UserError, TrainingError) as error:
         if os.environ.get("RANK", "0") == "0":  # every rank makes the same mistake; one message is enough
             print(f"minimind-dpo: error: {error}", file=sys.stderr, flush=True)
-        return EXIT_USAGE
+        return EXIT_USAGE if isinstance(error, UserError) else EXIT_FAILED
     except Exception:
         traceback.print_exc()
         return EXIT_FAILED

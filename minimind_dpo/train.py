@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from minimind_dpo.config import TrainConfig, load_config, save_config
 from minimind_dpo.data.order import PairOrder, total_steps
@@ -44,7 +45,7 @@ from minimind_dpo.training.loop import Run, train
 from minimind_dpo.training.metrics import MetricsFile, peak_memory_gib
 from minimind_dpo.training.signals import StopRequest
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("minimind_dpo.train")  # not __name__: the module also runs as __main__
 
 # what makes two sessions the same run, beside the digests of data and reference
 _IDENTITY = ("loss_type", "beta", "label_smoothing", "learning_rate", "lr_scheduler_type", "warmup_ratio",
@@ -61,22 +62,25 @@ def run(config: TrainConfig) -> int:
     logging.basicConfig(level=logging.WARNING if accelerator.is_main_process else logging.ERROR, format="%(message)s")
     if accelerator.is_main_process:
         logging.getLogger("minimind_dpo").setLevel(logging.INFO)
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of every tied weight at every checkpoint
+    disable_progress_bar()  # transformers' own, of shards read and written
     set_seed(config.seed, device_specific=True)
     try:
         checkpoint = find_checkpoint(Path(config.output_dir) / "checkpoints", config.resume)
         accelerator.wait_for_everyone()
-        training = _build(config, accelerator, checkpoint)
-        if not train(training):
-            logger.info("stopped early at step %d of %d; the same command continues there",
-                        training.state.step, training.total_steps)
-            return EXIT_STOPPED
-        _finish(training)
+        with StopRequest() as stop:
+            training = _build(config, accelerator, checkpoint, stop)
+            if not train(training):
+                logger.info("stopped early at step %d of %d; the same command continues there",
+                            training.state.step, training.total_steps)
+                return EXIT_STOPPED
+            _finish(training)
         return EXIT_DONE
     finally:
         accelerator.end_training()
 
 
-def _build(config: TrainConfig, accelerator: Accelerator, checkpoint: Path | None) -> Run:
+def _build(config: TrainConfig, accelerator: Accelerator, checkpoint: Path | None, stop: StopRequest) -> Run:
     tokenizer = load_tokenizer(_tokenizer_path(config))
     policy = _load(config, config.model_name_or_path)
     _check_vocabulary(policy, tokenizer)
@@ -106,7 +110,7 @@ def _build(config: TrainConfig, accelerator: Accelerator, checkpoint: Path | Non
     metrics = _open_run(config, accelerator, state, resumed=checkpoint is not None)
     logger.info("%d pairs, %d optimizer steps of %d pairs on %d process(es)",
                 order.num_pairs, steps, order.global_batch, accelerator.num_processes)
-    return Run(config, accelerator, scorer, optimizer, reference, layout, train_data, eval_data, order, steps, metrics, state, StopRequest())
+    return Run(config, accelerator, scorer, optimizer, reference, layout, train_data, eval_data, order, steps, metrics, state, stop)
 
 
 def _tokenizer_path(config: TrainConfig) -> str:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from helpers_run import Inputs, make_inputs
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -26,3 +27,9 @@ def shared_dir() -> Path:
 def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test starts with an empty token and reference cache of its own."""
     monkeypatch.setenv("MINIMIND_DPO_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    """A tiny model with its tokenizer, 21 training pairs and 5 held-out pairs."""
+    return make_inputs(tmp_path_factory.mktemp("inputs"))

@@ -20,11 +20,14 @@ from minimind_dpo.config import TrainConfig
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """The Accelerator that the launcher's environment asks for.
 
-    Without an accelerator device the process group must be told to use gloo: left to itself each rank of a
-    launched CPU run would believe it is alone.
+    Without an accelerator device, accelerate has to be told that ranks started by torchrun exchange over gloo:
+    left to itself each would believe it is alone. DeepSpeed must not hear of `use_cpu`, which switches it off.
     """
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    handlers = [] if alone or torch.accelerator.is_available() else [InitProcessGroupKwargs(backend="gloo")]
+    handlers = []
+    if not torch.accelerator.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
+            os.environ["ACCELERATE_USE_CPU"] = "true"
     trackers = None if config.report_to == "none" else config.report_to
     accelerator = Accelerator(kwargs_handlers=handlers, log_with=trackers, project_dir=config.output_dir)
     if accelerator.device.type == "cpu":

@@ -20,6 +20,7 @@ from minimind_dpo.config import TrainConfig
 from minimind_dpo.data.batch import PairBatch
 from minimind_dpo.data.order import MicroBatch, PairOrder, split_step
 from minimind_dpo.data.tokenized import TokenizedData
+from minimind_dpo.errors import TrainingError
 from minimind_dpo.evaluation import evaluate, score_batch
 from minimind_dpo.reference import Reference
 from minimind_dpo.scoring import PairLayout
@@ -70,10 +71,6 @@ class Run:
         return split_step(self.order.step_pairs(step), world_size=self.accelerator.num_processes,
                           rank=self.accelerator.process_index,
                           micro_batch_size=self.config.per_device_train_batch_size)
-
-
-class TrainingError(RuntimeError):
-    """The run cannot go on, through no mistake of its configuration; exit code 1."""
 
 
 def train(run: Run) -> bool:
@@ -175,7 +172,7 @@ def _check_finite(run: Run, step: int, sums: list[float], grad_norm: Tensor) -> 
     if finite_loss and (can_skip_steps(run.accelerator) or bool(torch.isfinite(grad_norm))):
         return
     what = "gradient norm" if finite_loss else "loss"
-    places = [run.train_data.place_of(run.train_data.dataset[int(pair)]) for pair in run.order.step_pairs(step)[:8]]
+    places = [run.train_data.dataset[int(pair)]["place"] for pair in run.order.step_pairs(step)[:8]]
     raise TrainingError(
         f"the {what} of optimizer step {step} is not finite; the weights of step {step - 1} were not changed. "
         f"Pairs of the step: {', '.join(places)}. Try a lower learning_rate, or bf16 instead of fp16.")

@@ -1,0 +1,211 @@
+"""The real command: what a run leaves, exactness over factorisations, repeats, kills and signals."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from helpers_run import (
+    Inputs,
+    command,
+    environment,
+    lines,
+    relative_distance,
+    run_command,
+    same_bits,
+    train_here,
+    train_lines,
+    weights,
+)
+
+from minimind_dpo.config import load_config
+from minimind_dpo.errors import UserError
+from minimind_dpo.training.checkpoint import checkpoint_problem
+
+CONTRACT_METRICS = {
+    "step", "epoch", "pairs_seen", "loss", "dpo_loss", "aux_loss", "learning_rate", "grad_norm", "rewards/chosen",
+    "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "pairs_per_second",
+    "tokens_per_second", "peak_memory_gib"}
+
+
+def test_run_directory(inputs: Inputs, tmp_path: Path) -> None:
+    """21 pairs in steps of 8: three steps, the last of 5 pairs; evaluation before, at step 2 and after."""
+    flags = inputs.flags(tmp_path, eval_data=inputs.eval_data, eval_steps=2, save_steps=2)
+    assert train_here(flags) == 0
+
+    steps = train_lines(tmp_path)
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    assert [line["pairs_seen"] for line in steps] == [8, 16, 21]
+    assert all(line.keys() >= CONTRACT_METRICS for line in steps)
+    evaluations = [line for line in lines(tmp_path) if "eval_loss" in line]
+    assert [line["step"] for line in evaluations] == [0, 2, 3]
+
+    assert load_config(["--config", str(tmp_path / "config.yaml")]) == load_config(flags)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["steps"] == 3 and summary["pairs_seen"] == 21 and len(summary["reference_digest"]) == 64
+    assert summary["eval_before"]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert summary["eval_after"]["eval_loss"] == evaluations[-1]["eval_loss"] != summary["eval_before"]["eval_loss"]
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == ["step-000002", "step-000003"]
+    assert (tmp_path / "report.html").stat().st_size > 1000
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in (tmp_path / "model").iterdir()}
+
+
+@pytest.mark.parametrize("reference", ["live", "cache"])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "sigmoid_norm"])
+def test_first_step_is_ln2(inputs: Inputs, tmp_path: Path, reference: str, loss_type: str) -> None:
+    train_here(inputs.flags(tmp_path, reference=reference, loss_type=loss_type, max_steps=2))
+    first, second = train_lines(tmp_path)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert second["loss"] != pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_live_and_cached_reference_agree(inputs: Inputs, tmp_path: Path) -> None:
+    for reference in ("live", "cache"):
+        train_here(inputs.flags(tmp_path / reference, reference=reference))
+    for live, cached in zip(train_lines(tmp_path / "live"), train_lines(tmp_path / "cache"), strict=True):
+        for name in ("loss", "rewards/margins", "grad_norm"):
+            assert cached[name] == pytest.approx(live[name], rel=1e-4, abs=1e-5)
+    assert relative_distance(tmp_path / "live", tmp_path / "cache") < 1e-5
+
+
+@pytest.mark.parametrize(("batch", "accumulation", "accelerate"), [
+    (1, 8, None), (2, 4, None), (2, 2, "multi_cpu"), (1, 4, "multi_cpu")])
+def test_factorisation_does_not_matter(
+    inputs: Inputs, tmp_path: Path, batch: int, accumulation: int, accelerate: str | None
+) -> None:
+    """21 pairs in global batches of 8, against micro-batches of 8 on one process."""
+    train_here(inputs.flags(tmp_path / "whole", per_device_train_batch_size=8, gradient_accumulation_steps=1,
+                            learning_rate=1e-3))
+    flags = inputs.flags(tmp_path / "parts", per_device_train_batch_size=batch,
+                         gradient_accumulation_steps=accumulation, learning_rate=1e-3)
+    if accelerate is None:
+        train_here(flags)
+    else:
+        result = run_command(flags, accelerate)
+        assert result.returncode == 0, result.stderr
+    assert relative_distance(tmp_path / "parts", tmp_path / "whole") < 1e-6
+    for parts, whole in zip(train_lines(tmp_path / "parts"), train_lines(tmp_path / "whole"), strict=True):
+        for name in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "grad_norm"):
+            assert parts[name] == pytest.approx(whole[name], rel=1e-5, abs=2e-5)
+
+
+@pytest.mark.parametrize("accelerate", [None, "multi_cpu"])
+def test_same_command_same_bits(inputs: Inputs, tmp_path: Path, accelerate: str | None) -> None:
+    for name in ("first", "second"):
+        result = run_command(inputs.flags(tmp_path / name, gradient_accumulation_steps=1), accelerate)
+        assert result.returncode == 0, result.stderr
+    assert same_bits(tmp_path / "first", tmp_path / "second")
+
+
+@pytest.mark.parametrize("accelerate", [None, "multi_cpu"])
+def test_killed_again_and_again(inputs: Inputs, tmp_path: Path, accelerate: str | None) -> None:
+    """SIGKILL of the process group at random moments; `--resume auto` ends with the undisturbed run's bits."""
+    options = dict(num_train_epochs=6, gradient_accumulation_steps=1, per_device_train_batch_size=2, save_steps=2,
+                   eval_data=inputs.eval_data, eval_steps=5)
+    undisturbed = run_command(inputs.flags(tmp_path / "undisturbed", **options), accelerate)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+
+    flags, rng, kills = inputs.flags(tmp_path / "killed", **options), random.Random(7), 0
+    for _ in range(8):
+        process = subprocess.Popen(command(flags, accelerate), env=environment(), start_new_session=True,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _wait_for_progress(process, tmp_path / "killed" / "metrics.jsonl")
+        time.sleep(rng.uniform(0.0, 0.6))
+        if process.poll() is not None:
+            break
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+    result = run_command(flags, accelerate)
+    assert result.returncode == 0, result.stderr
+    assert kills >= 1
+    assert same_bits(tmp_path / "killed", tmp_path / "undisturbed")
+    names = ("step", "loss", "eval_loss", "grad_norm", "rewards/margins")
+    killed, whole = ([[line.get(name) for name in names] for line in lines(tmp_path / run)]
+                     for run in ("killed", "undisturbed"))
+    assert killed == whole
+
+
+def _wait_for_progress(process: subprocess.Popen[bytes], metrics: Path) -> None:
+    """Return once the process has logged something new, or has ended."""
+    before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+    deadline = time.time() + 120
+    while process.poll() is None and time.time() < deadline:
+        if metrics.exists() and metrics.stat().st_mtime_ns > before and "loss" in metrics.read_text():
+            return
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("accelerate", [None, "multi_cpu"])
+def test_sigterm_saves_and_exits_75(inputs: Inputs, tmp_path: Path, accelerate: str | None) -> None:
+    """A stopped run ends with exit code 75 and a checkpoint, and continues to the undisturbed run's bits."""
+    options = dict(num_train_epochs=20, gradient_accumulation_steps=1, per_device_train_batch_size=2)
+    flags = inputs.flags(tmp_path / "stopped", **options)
+    process = subprocess.Popen(command(flags, accelerate), env=environment(), start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    _wait_for_progress(process, tmp_path / "stopped" / "metrics.jsonl")
+    process.terminate()
+    _, stderr = process.communicate(timeout=120)
+    if accelerate is None:  # a launcher reports its workers' codes in its own way
+        assert process.returncode == 75, stderr
+    checkpoints = list((tmp_path / "stopped" / "checkpoints").glob("step-*"))
+    assert len(checkpoints) == 1 and checkpoint_problem(checkpoints[0]) is None
+    assert not (tmp_path / "stopped" / "summary.json").exists()
+
+    assert run_command(flags, accelerate).returncode == 0
+    assert run_command(inputs.flags(tmp_path / "whole", **options), accelerate).returncode == 0
+    assert same_bits(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_resume_refuses_another_run(inputs: Inputs, tmp_path: Path) -> None:
+    train_here(inputs.flags(tmp_path, save_steps=2))
+    with pytest.raises(UserError, match=r"belongs to another run:\n  beta: was 0.5, is 0.1"):
+        train_here(inputs.flags(tmp_path, save_steps=2, beta=0.1))
+    with pytest.raises(UserError, match="reference_digest: was"):
+        train_here(inputs.flags(tmp_path, ref_model_name_or_path=tmp_path / "model"))
+    with pytest.raises(UserError, match="already holds a run"):
+        train_here(inputs.flags(tmp_path, resume="never"))
+
+
+def test_finished_run_trains_no_further(inputs: Inputs, tmp_path: Path) -> None:
+    flags = inputs.flags(tmp_path, save_steps=2)
+    train_here(flags)
+    before = weights(tmp_path), lines(tmp_path)
+    assert train_here(flags) == 0
+    assert all((weights(tmp_path)[name] == tensor).all() for name, tensor in before[0].items())
+    assert lines(tmp_path) == before[1]
+
+
+def test_damaged_checkpoint_is_passed_over(inputs: Inputs, tmp_path: Path) -> None:
+    """One flipped bit in the newest checkpoint: the one before is taken, and the end is the same."""
+    options = dict(num_train_epochs=2, save_steps=2, save_total_limit=0)
+    train_here(inputs.flags(tmp_path / "whole", **options))
+    flags = inputs.flags(tmp_path / "damaged", **options)
+    train_here(flags)
+    newest = tmp_path / "damaged" / "checkpoints" / "step-000006" / "optimizer.bin"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    assert checkpoint_problem(newest.parent) == "optimizer.bin is damaged (its sha256 differs from manifest.json)"
+    train_here(flags)
+    assert same_bits(tmp_path / "damaged", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("options", "code", "message"), [
+    ({"beta": "-1"}, 2, "beta: must be positive"),
+    ({"train_data": "missing.jsonl"}, 2, "missing.jsonl"),
+    ({"model_name_or_path": "nowhere/model"}, 2, "nowhere/model"),
+    ({"learning_rate": "1e30", "max_grad_norm": 0}, 1, "of optimizer step 2 is not finite"),
+])
+def test_exit_codes(inputs: Inputs, tmp_path: Path, options: dict[str, str], code: int, message: str) -> None:
+    result = run_command(inputs.flags(tmp_path, **options))
+    assert result.returncode == code and message in result.stderr
+    assert "Traceback" not in result.stderr
