@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from minimind_dpo.data.batch import PairBatch, pair_key
+from minimind_dpo.data.cache import cache_root
 from minimind_dpo.scoring import PairLayout, PairScorer
 
 logger = logging.getLogger(__name__)
@@ -70,12 +71,9 @@ def cache_directory(digest: str, numerics: dict[str, Any]) -> Path:
     Args:
         digest: of the reference (`reference_digest`).
         numerics: settings that change the numbers: precision, layout, device type.
-
-    The root is $MINIMIND_DPO_CACHE, by default ~/.cache/minimind_dpo.
     """
-    root = Path(os.environ.get("MINIMIND_DPO_CACHE") or Path.home() / ".cache" / "minimind_dpo")
     settings = hashlib.sha256(json.dumps(numerics, sort_keys=True).encode()).hexdigest()
-    return root / "reference" / f"{digest[:32]}-{settings[:8]}"
+    return cache_root() / "reference" / f"{digest[:32]}-{settings[:8]}"
 
 
 class ReferenceCache:
@@ -94,7 +92,9 @@ class ReferenceCache:
 
     def refresh(self) -> None:
         """Index every chunk on disk; files are memory-mapped, not read. A damaged chunk is set aside."""
-        keys, columns, where = [], [], []
+        keys: list[np.ndarray] = []
+        columns: list[pa.ChunkedArray] = []
+        where: list[tuple[int, int]] = []
         for path in sorted(self.directory.glob("*.arrow")):
             try:
                 table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
@@ -160,11 +160,9 @@ class CachedReference:
         return torch.from_numpy(logps).to(batch.input_ids.device)
 
 
-def chunks_of(dataset: Any, positions: Sequence[int]) -> Iterator[list[dict[str, Any]]]:
-    """The pairs at `positions` of a tokenised dataset in chunks of fixed size."""
-    for start in range(0, len(positions), _CHUNK_PAIRS):
-        part = positions[start : start + _CHUNK_PAIRS]
-        yield [dataset[int(position)] for position in part]
+def chunks_of(dataset: Any, positions: Sequence[int]) -> list[tuple[Any, Sequence[int]]]:
+    """Chunks of fixed size of the pairs at `positions`: the dataset and the positions in it, nothing read yet."""
+    return [(dataset, positions[start : start + _CHUNK_PAIRS]) for start in range(0, len(positions), _CHUNK_PAIRS)]
 
 
 @torch.no_grad()

@@ -95,7 +95,7 @@ def choose_layout(model: PreTrainedModel, attn_implementation: str) -> PairLayou
 @torch.no_grad()
 def _packs(model: PreTrainedModel) -> bool:
     """Switch `model` to pair attention if two small made-up pairs then score as its own attention scores them plain."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = embedding_rows(model)
     tokens = [(7 * i * i + 3 * i + 1) % vocabulary for i in range(24)]
     rows = [_probe_row(tokens[:6], tokens[6:10], tokens[10:15]), _probe_row(tokens[15:18], tokens[18:21], tokens[21:])]
     original, training = model.config._attn_implementation, model.training
@@ -112,6 +112,13 @@ def _packs(model: PreTrainedModel) -> bool:
         model.train(training)
     model.set_attn_implementation(original)
     return False
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Token ids that a model knows."""
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, nn.Embedding)
+    return embeddings.num_embeddings
 
 
 def _probe_row(prefix: list[int], chosen: list[int], rejected: list[int]) -> dict[str, Any]:

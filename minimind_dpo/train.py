@@ -38,7 +38,7 @@ from minimind_dpo.reference import (
     reference_digest,
 )
 from minimind_dpo.report import write_report
-from minimind_dpo.scoring import PairLayout, PairScorer, choose_layout
+from minimind_dpo.scoring import PairLayout, PairScorer, choose_layout, embedding_rows
 from minimind_dpo.training.checkpoint import TrainerState, find_checkpoint, load_checkpoint, read_state
 from minimind_dpo.training.engine import make_accelerator, make_optimizer
 from minimind_dpo.training.loop import Run, train
@@ -110,7 +110,8 @@ def _build(config: TrainConfig, accelerator: Accelerator, checkpoint: Path | Non
     metrics = _open_run(config, accelerator, state, resumed=checkpoint is not None)
     logger.info("%d pairs, %d optimizer steps of %d pairs on %d process(es)",
                 order.num_pairs, steps, order.global_batch, accelerator.num_processes)
-    return Run(config, accelerator, scorer, optimizer, reference, layout, train_data, eval_data, order, steps, metrics, state, stop)
+    return Run(config, accelerator, scorer, optimizer, reference, layout, train_data, eval_data, order, steps,
+               metrics, state, stop)
 
 
 def _tokenizer_path(config: TrainConfig) -> str:
@@ -137,7 +138,7 @@ def _load(config: TrainConfig, path: str) -> PreTrainedModel:
 
 
 def _check_vocabulary(policy: PreTrainedModel, tokenizer: Any) -> None:
-    rows = policy.get_input_embeddings().weight.shape[0]
+    rows = embedding_rows(policy)
     if len(tokenizer) > rows:
         raise UserError(f"tokenizer_name_or_path: the tokenizer has {len(tokenizer)} tokens but the model "
                         f"embeds only {rows}; name the tokenizer the model was trained with")
@@ -187,8 +188,9 @@ def _fill(
     chunks = [chunk for dataset, positions in needed for chunk in chunks_of(dataset, positions)]
     progress = tqdm(chunks, desc="reference log-probabilities", unit="chunk",
                     disable=not accelerator.is_main_process)
-    for index, rows in enumerate(progress):
+    for index, (dataset, positions) in enumerate(progress):
         if index % accelerator.num_processes == accelerator.process_index:
+            rows = [dataset[int(position)] for position in positions]
             fill_chunk(cache, scorer, layout, rows, batch_size=batch_size, device=accelerator.device,
                        autocast=accelerator.autocast)
     accelerator.wait_for_everyone()

@@ -63,7 +63,8 @@ def _pair(rng: random.Random) -> dict[str, Any]:
     for _ in range(rng.randint(0, 1)):
         shared += [{"role": "user", "content": words(2, 6)}, {"role": "assistant", "content": words(2, 6)}]
     shared.append({"role": "user", "content": words(2, 8)})
-    return {side: [*shared, {"role": "assistant", "content": f"{side} {words(3, 20)}"}] for side in ("chosen", "rejected")}
+    return {side: [*shared, {"role": "assistant", "content": f"{side} {words(3, 20)}"}]
+            for side in ("chosen", "rejected")}
 
 
 def train_here(flags: list[str]) -> int:
@@ -76,8 +77,8 @@ def command(flags: list[str], accelerate: str | None = None) -> list[str]:
     if accelerate is None:
         return [sys.executable, "-m", "minimind_dpo.train", *flags]
     config = REPOSITORY / "configs" / "accelerate" / f"{accelerate}.yaml"
-    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0",
-            "-m", "minimind_dpo.train", *flags]
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config),
+            "--main_process_port", "0", "-m", "minimind_dpo.train", *flags]
 
 
 def environment(**extra: str) -> dict[str, str]:

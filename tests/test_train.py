@@ -97,6 +97,30 @@ def test_factorisation_does_not_matter(
             assert parts[name] == pytest.approx(whole[name], rel=1e-5, abs=2e-5)
 
 
+@pytest.mark.parametrize("options", [{"attn_implementation": "sdpa"}, {"gradient_checkpointing": "true"}])
+def test_layout_and_recomputation_change_nothing(inputs: Inputs, tmp_path: Path, options: dict[str, str]) -> None:
+    train_here(inputs.flags(tmp_path / "packed", learning_rate=1e-3))
+    train_here(inputs.flags(tmp_path / "other", learning_rate=1e-3, **options))
+    assert relative_distance(tmp_path / "other", tmp_path / "packed") < 1e-6
+
+
+def test_bf16_stays_close(inputs: Inputs, tmp_path: Path) -> None:
+    """Autocast to bf16 (8 bits of mantissa): the same run within some percent, and not the same numbers."""
+    train_here(inputs.flags(tmp_path / "fp32", learning_rate=1e-3))
+    result = run_command(inputs.flags(tmp_path / "bf16", learning_rate=1e-3), ACCELERATE_MIXED_PRECISION="bf16")
+    assert result.returncode == 0, result.stderr
+    half, full = ([line["logps/chosen"] for line in train_lines(tmp_path / run)] for run in ("bf16", "fp32"))
+    assert half == pytest.approx(full, rel=0.02) and half != full
+
+
+def test_weights_scale_their_pairs(inputs: Inputs, tmp_path: Path) -> None:
+    rows = [json.loads(line) | {"weight": 3.0} for line in inputs.train_data.read_text().splitlines()]
+    weighted = tmp_path / "weighted.jsonl"
+    weighted.write_text("\n".join(map(json.dumps, rows)))
+    train_here(inputs.flags(tmp_path / "run", train_data=weighted, max_steps=1))
+    assert train_lines(tmp_path / "run")[0]["loss"] == pytest.approx(3 * math.log(2), rel=1e-6)
+
+
 @pytest.mark.parametrize("accelerate", [None, "multi_cpu"])
 def test_same_command_same_bits(inputs: Inputs, tmp_path: Path, accelerate: str | None) -> None:
     for name in ("first", "second"):

@@ -57,10 +57,14 @@ def key_of(contents: list[str], tokenizer: Any, settings: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def cache_root() -> Path:
+    """Where everything that can be computed again is kept: $MINIMIND_DPO_CACHE, by default ~/.cache/minimind_dpo."""
+    return Path(os.environ.get("MINIMIND_DPO_CACHE") or "~/.cache/minimind_dpo").expanduser()
+
+
 def entry(key: str) -> Path:
     """The directory of a cache entry."""
-    root = os.environ.get("MINIMIND_DPO_CACHE") or "~/.cache/minimind_dpo"
-    return Path(root).expanduser() / "tokens" / key
+    return cache_root() / "tokens" / key
 
 
 def load(path: Path) -> tuple[Any, dict[str, Any]] | None:

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from minimind_dpo.config import COMPLETION_MASKS
-from minimind_dpo.data.records import Message, PreferencePair, RowError, shared_length
+from minimind_dpo.data.records import Message, PreferencePair, RowError
 from minimind_dpo.data.sources import looks_local
 from minimind_dpo.data.spans import SpanError, TemplateError, chat_template
 from minimind_dpo.errors import UserError
@@ -132,9 +135,12 @@ def mask_tokens(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) ->
     return [0, *mask[1:]] if mask else []
 
 
-def shared_prefix_length(first: list[int], second: list[int]) -> int:
+def shared_prefix_length(first: npt.ArrayLike, second: npt.ArrayLike) -> int:
     """Tokens that two sides share at their start, such that each keeps at least one token of its own."""
-    return shared_length(first, second, keep=1)
+    left, right = np.asarray(first), np.asarray(second)
+    limit = min(len(left), len(right)) - 1
+    differing = np.flatnonzero(left[:limit] != right[:limit])
+    return int(differing[0]) if len(differing) else limit
 
 
 def load_tokenizer(name: str | os.PathLike[str], trust_remote_code: bool = False) -> Any:

@@ -67,14 +67,13 @@ def pair_attention(
 def _attend(query: Tensor, key: Tensor, value: Tensor, window: int | None, options: dict[str, Any]) -> Tensor:
     """Bottom-right causal attention of the last queries [1, H, Q, D] over keys [1, H_kv, K, D], K >= Q."""
     queries, keys = query.shape[2], key.shape[2]
-    windowed = window is not None and keys > window
-    if queries == keys and not windowed:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
-    if queries == 1 and not windowed:
-        return F.scaled_dot_product_attention(query, key, value, **options)
+    if window is None or window >= keys:
+        if queries == keys:
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, **options)
+        window = keys
     position = torch.arange(keys, device=query.device)
     distance = position[keys - queries :, None] - position[None]
-    hidden = (distance < 0) | (distance >= window) if windowed else distance < 0
+    hidden = (distance < 0) | (distance >= window)
     # a float mask keeps SDPA's fused path on CPU; a boolean one would leave it
     mask = torch.zeros_like(distance, dtype=query.dtype).masked_fill_(hidden, float("-inf"))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)

@@ -86,18 +86,18 @@ def find_checkpoint(directory: Path, resume: str) -> Path | None:
     `auto` takes the newest one that validates and says what is wrong with the ones it passes over.
 
     Raises:
-        UserError: PATH is no valid checkpoint; `never` would overwrite a run; or only damaged ones are left.
+        UserError: PATH is no valid checkpoint; a finished or unfinished run would be overwritten; or only damaged
+            checkpoints are left.
     """
-    existing = sorted(directory.glob("step-*"), reverse=True)
-    if resume == "never":
-        if existing:
-            raise UserError(f"{directory.parent} already holds a run (newest checkpoint {existing[0].name}); "
-                            "choose another output_dir, or --resume auto to continue it")
-        return None
-    if resume != "auto":
+    if resume not in ("auto", "never"):
         if problem := checkpoint_problem(Path(resume)):
             raise UserError(f"--resume {resume}: {problem}")
         return Path(resume)
+    existing = sorted(directory.glob("step-*"), reverse=True)
+    finished = (directory.parent / "model").exists()
+    if (existing and resume == "never") or (finished and not existing):
+        raise UserError(f"{directory.parent} already holds a run ({existing[0].name if existing else 'model'}); "
+                        "choose another output_dir" + (", or --resume auto to continue it" if existing else ""))
     for path in existing:
         problem = checkpoint_problem(path)
         if problem is None:
