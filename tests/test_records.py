@@ -84,7 +84,7 @@ BAD_ROWS: list[tuple[Any, str, str]] = [
     ({"chosen": "a", "rejected": "b"}, "wrong_keys", "need a prompt"),
     ({"chosen": "a", "rejected": MESSAGE}, "wrong_type", "a text and a list"),
     ({"prompt": MESSAGE[:1], "chosen": "a", "rejected": "b"}, "wrong_type", "prompt must be a text"),
-    ({"prompt": "q", "chosen": MESSAGE, "rejected": MESSAGE}, "wrong_type", "prompt is a text but"),
+    ({"prompt": 5, "chosen": MESSAGE, "rejected": MESSAGE}, "wrong_type", "prompt must be a text or a list"),
     ({"chosen": [], "rejected": MESSAGE}, "empty_list", "chosen is an empty list"),
     ({"prompt": [], "chosen": MESSAGE, "rejected": MESSAGE}, "empty_list", "prompt is an empty list"),
     ({"chosen": MESSAGE, "rejected": MESSAGE[:1]}, "wrong_role", "rejected must end with an assistant message"),
@@ -280,3 +280,15 @@ def test_looks_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pair_is_a_value() -> None:
     assert parse_row(row("a"), "x") == parse_row(row("a"), "x")
     assert isinstance(pickle.loads(pickle.dumps(parse_row(row("a"), "x"))), PreferencePair)
+
+
+@pytest.mark.parametrize("prompt", ["why?", [{"role": "user", "content": "why?"}]])
+@pytest.mark.parametrize("repeated", [True, False])
+def test_prompt_as_text_or_repeated_in_both_conversations(prompt: object, repeated: bool) -> None:
+    """UltraFeedback's form: the prompt stands in its own column and again at the start of both conversations."""
+    question = {"role": "user", "content": "why?"}
+    row = {side: [question] * repeated + [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    pair = parse_row({"prompt": prompt} | row, "f.jsonl:1")
+    assert pair.chosen == [question, {"role": "assistant", "content": "chosen"}]
+    assert pair.rejected == [question, {"role": "assistant", "content": "rejected"}]
+    assert pair.prompt_messages == 1

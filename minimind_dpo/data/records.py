@@ -15,6 +15,7 @@ logger = logging.getLogger("minimind_dpo")
 Message = dict[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
+_NO_PROMPT: list[Any] = []
 COLUMNS = frozenset({"prompt", "chosen", "rejected", "tools", "weight", "margin", "id"})
 FORMS = (
     'accepted rows: {"chosen": [messages], "rejected": [messages]}, '
@@ -138,18 +139,16 @@ def _plain_sides(row: dict[str, Any], place: str) -> tuple[list[Message], list[M
 
 
 def _conversations(row: dict[str, Any], place: str) -> tuple[list[Message], list[Message]]:
-    prompt = row.get("prompt")
-    if prompt is not None and not isinstance(prompt, list):
-        _fail(
-            "wrong_type",
-            place,
-            f"prompt is {_type_name(prompt)} but chosen and rejected are lists of messages; make "
-            "it a list, or leave it out when both conversations contain it",
-        )
-    chosen, rejected = (
-        ([] if prompt is None else _messages(prompt, "prompt", place)) + _messages(row[side], side, place)
-        for side in ("chosen", "rejected")
-    )
+    prompt = row.get("prompt", _NO_PROMPT)
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list):
+        _fail("wrong_type", place, f"prompt must be a text or a list of messages, not {_type_name(prompt)}")
+    before = [] if prompt is _NO_PROMPT else _messages(prompt, "prompt", place)
+    chosen, rejected = (_messages(row[side], side, place) for side in ("chosen", "rejected"))
+    # UltraFeedback's rows, for one, repeat the prompt in both conversations
+    if not all(side[: len(before)] == before for side in (chosen, rejected)):
+        chosen, rejected = before + chosen, before + rejected
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         if side[-1]["role"] != "assistant":
             role = side[-1]["role"]
