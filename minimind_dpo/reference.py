@@ -14,7 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import torch
+from accelerate import Accelerator
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from minimind_dpo.data.batch import PairBatch, pair_key
@@ -160,11 +162,6 @@ class CachedReference:
         return torch.from_numpy(logps).to(batch.input_ids.device)
 
 
-def chunks_of(dataset: Any, positions: Sequence[int]) -> list[tuple[Any, Sequence[int]]]:
-    """Chunks of fixed size of the pairs at `positions`: the dataset and the positions in it, nothing read yet."""
-    return [(dataset, positions[start : start + _CHUNK_PAIRS]) for start in range(0, len(positions), _CHUNK_PAIRS)]
-
-
 @torch.no_grad()
 def fill_chunk(
     cache: ReferenceCache, scorer: PairScorer, layout: PairLayout, rows: Sequence[dict[str, Any]], *,
@@ -183,3 +180,29 @@ def fill_chunk(
         logps += [part.numpy() for part in per_token_logps.split(sizes)]
     cache.write_chunk(keys, logps)
     return True
+
+
+def _chunks(dataset: Any, positions: Sequence[int]) -> list[tuple[Any, Sequence[int]]]:
+    """Chunks of fixed size of the pairs at `positions`: the dataset and the positions in it, nothing read yet."""
+    return [(dataset, positions[start : start + _CHUNK_PAIRS]) for start in range(0, len(positions), _CHUNK_PAIRS)]
+
+
+def fill_cache(
+    cache: ReferenceCache, accelerator: Accelerator, scorer: PairScorer, layout: PairLayout,
+    needed: Sequence[tuple[Any, Sequence[int]]], batch_size: int,
+) -> None:
+    """Score what the cache lacks, chunks dealt out to the ranks in turn; every rank must call it.
+
+    Args:
+        needed: tokenised datasets with the positions that will be looked up.
+    """
+    chunks = [chunk for dataset, positions in needed for chunk in _chunks(dataset, positions)]
+    progress = tqdm(chunks, desc="reference log-probabilities", unit="chunk",
+                    disable=not accelerator.is_main_process)
+    for index, (dataset, positions) in enumerate(progress):
+        if index % accelerator.num_processes == accelerator.process_index:
+            rows = [dataset[int(position)] for position in positions]
+            fill_chunk(cache, scorer, layout, rows, batch_size=batch_size, device=accelerator.device,
+                       autocast=accelerator.autocast)
+    accelerator.wait_for_everyone()
+    cache.refresh()

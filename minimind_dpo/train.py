@@ -6,11 +6,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import json
 import logging
-import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,11 +14,10 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from minimind_dpo.config import TrainConfig, load_config, save_config
+from minimind_dpo.config import TrainConfig, load_config
 from minimind_dpo.data.order import PairOrder, total_steps
 from minimind_dpo.data.tokenized import TokenizedData, load_tokenizer, tokenize_files
 from minimind_dpo.errors import EXIT_DONE, EXIT_STOPPED, UserError, exit_code
@@ -33,16 +28,14 @@ from minimind_dpo.reference import (
     Reference,
     ReferenceCache,
     cache_directory,
-    chunks_of,
-    fill_chunk,
+    fill_cache,
     reference_digest,
 )
-from minimind_dpo.report import write_report
 from minimind_dpo.scoring import PairLayout, PairScorer, choose_layout, embedding_rows
 from minimind_dpo.training.checkpoint import TrainerState, find_checkpoint, load_checkpoint, read_state
 from minimind_dpo.training.engine import make_accelerator, make_optimizer
 from minimind_dpo.training.loop import Run, train
-from minimind_dpo.training.metrics import MetricsFile, peak_memory_gib
+from minimind_dpo.training.run_directory import finish_run, open_run
 from minimind_dpo.training.signals import StopRequest
 
 logger = logging.getLogger("minimind_dpo.train")  # not __name__: the module also runs as __main__
@@ -69,19 +62,21 @@ def run(config: TrainConfig) -> int:
         checkpoint = find_checkpoint(Path(config.output_dir) / "checkpoints", config.resume)
         accelerator.wait_for_everyone()
         with StopRequest() as stop:
-            training = _build(config, accelerator, checkpoint, stop)
+            tokenizer = load_tokenizer(_tokenizer_path(config), config.trust_remote_code)
+            training = _build(config, accelerator, tokenizer, checkpoint, stop)
             if not train(training):
                 logger.info("stopped early at step %d of %d; the same command continues there",
                             training.state.step, training.total_steps)
                 return EXIT_STOPPED
-            _finish(training)
+            finish_run(training, tokenizer)
         return EXIT_DONE
     finally:
         accelerator.end_training()
 
 
-def _build(config: TrainConfig, accelerator: Accelerator, checkpoint: Path | None, stop: StopRequest) -> Run:
-    tokenizer = load_tokenizer(_tokenizer_path(config))
+def _build(
+    config: TrainConfig, accelerator: Accelerator, tokenizer: Any, checkpoint: Path | None, stop: StopRequest
+) -> Run:
     policy = _load(config, config.model_name_or_path)
     _check_vocabulary(policy, tokenizer)
     with accelerator.main_process_first():
@@ -107,7 +102,7 @@ def _build(config: TrainConfig, accelerator: Accelerator, checkpoint: Path | Non
         _check_identity(checkpoint, read_state(checkpoint).identity, identity)
         state = load_checkpoint(accelerator, checkpoint)
         logger.info("resuming after step %d from %s", state.step, checkpoint)
-    metrics = _open_run(config, accelerator, state, resumed=checkpoint is not None)
+    metrics = open_run(config, accelerator, state, resumed=checkpoint is not None)
     logger.info("%d pairs, %d optimizer steps of %d pairs on %d process(es)",
                 order.num_pairs, steps, order.global_batch, accelerator.num_processes)
     return Run(config, accelerator, scorer, optimizer, reference, layout, train_data, eval_data, order, steps,
@@ -177,24 +172,8 @@ def _reference(
     cache = ReferenceCache(cache_directory(digest, {
         "precision": accelerator.mixed_precision, "attention": config.attn_implementation,
         "layout": layout.__name__, "device": accelerator.device.type}))
-    _fill(cache, accelerator, PairScorer(model.eval()), layout, needed, config.per_device_train_batch_size)
+    fill_cache(cache, accelerator, PairScorer(model.eval()), layout, needed, config.per_device_train_batch_size)
     return CachedReference(cache), digest
-
-
-def _fill(
-    cache: ReferenceCache, accelerator: Accelerator, scorer: PairScorer, layout: PairLayout,
-    needed: list[tuple[Any, Any]], batch_size: int,
-) -> None:
-    chunks = [chunk for dataset, positions in needed for chunk in chunks_of(dataset, positions)]
-    progress = tqdm(chunks, desc="reference log-probabilities", unit="chunk",
-                    disable=not accelerator.is_main_process)
-    for index, (dataset, positions) in enumerate(progress):
-        if index % accelerator.num_processes == accelerator.process_index:
-            rows = [dataset[int(position)] for position in positions]
-            fill_chunk(cache, scorer, layout, rows, batch_size=batch_size, device=accelerator.device,
-                       autocast=accelerator.autocast)
-    accelerator.wait_for_everyone()
-    cache.refresh()
 
 
 def _check_identity(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
@@ -203,58 +182,6 @@ def _check_identity(checkpoint: Path, saved: dict[str, Any], current: dict[str, 
     if changed:
         raise UserError(f"{checkpoint} belongs to another run:\n  " + "\n  ".join(changed)
                         + "\nUse the run's own settings, model and data, or another output_dir")
-
-
-def _open_run(config: TrainConfig, accelerator: Accelerator, state: TrainerState, resumed: bool) -> MetricsFile | None:
-    """Prepare the run directory and the tracker; the metrics file on the main process."""
-    directory = Path(config.output_dir)
-    metrics = None
-    if accelerator.is_main_process:
-        directory.mkdir(parents=True, exist_ok=True)
-        save_config(config, directory / "config.yaml")
-        metrics = MetricsFile(directory / "metrics.jsonl", last_step=state.step if resumed else None)
-    if config.report_to == "wandb":
-        settings = {"name": config.run_name, "dir": config.output_dir}
-        if state.tracker_run_id:
-            settings |= {"id": state.tracker_run_id, "resume": "allow"}
-        accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "minimind_dpo"),
-                                  config=dataclasses.asdict(config), init_kwargs={"wandb": settings})
-        if accelerator.is_main_process:
-            state.tracker_run_id = accelerator.get_tracker("wandb", unwrap=True).id
-    return metrics
-
-
-def _finish(training: Run) -> None:
-    """Write model/, summary.json and report.html."""
-    accelerator, directory, state = training.accelerator, training.output_dir, training.state
-    policy = accelerator.unwrap_model(training.scorer).model
-    weights = {name.removeprefix("model."): tensor
-               for name, tensor in accelerator.get_state_dict(training.scorer).items()}
-    peak = peak_memory_gib(accelerator)
-    if accelerator.is_main_process:
-        assert training.metrics is not None
-        partial, final = directory / ".model.partial", directory / "model"
-        shutil.rmtree(partial, ignore_errors=True)
-        policy.save_pretrained(partial, state_dict=weights)
-        load_tokenizer(_tokenizer_path(training.config)).save_pretrained(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        pairs = training.order.pairs_seen(state.step)
-        summary = {"steps": state.step, "pairs_seen": pairs, "seconds": state.seconds,
-                   "pairs_per_second": pairs / max(state.seconds, 1e-9), "peak_memory_gib": peak,
-                   "reference_digest": state.identity["reference_digest"]}
-        evaluations = [line for line in training.metrics.lines() if "eval_loss" in line]
-        if evaluations:
-            summary |= {"eval_before": _eval_metrics(evaluations[0]), "eval_after": _eval_metrics(evaluations[-1])}
-        (directory / "summary.json").write_text(json.dumps(summary, indent=1), "utf-8")
-        report = write_report(directory)
-        logger.info("done: %d steps, %d pairs, %.1f s; model in %s, report in %s",
-                    state.step, pairs, state.seconds, final, report)
-    accelerator.wait_for_everyone()
-
-
-def _eval_metrics(line: dict[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in line.items() if name.startswith("eval_")}
 
 
 def main(argv: list[str]) -> int:

@@ -1,0 +1,82 @@
+"""The run directory: what is opened before training and what is left after it (checkpoints have their own module)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from minimind_dpo.config import TrainConfig, save_config
+from minimind_dpo.report import write_report
+from minimind_dpo.training.checkpoint import TrainerState
+from minimind_dpo.training.loop import Run
+from minimind_dpo.training.metrics import MetricsFile, peak_memory_gib
+
+logger = logging.getLogger(__name__)
+
+
+def open_run(
+    config: TrainConfig, accelerator: Accelerator, state: TrainerState, resumed: bool
+) -> MetricsFile | None:
+    """Prepare the run directory and the tracker; the metrics file on the main process."""
+    directory = Path(config.output_dir)
+    metrics = None
+    if accelerator.is_main_process:
+        directory.mkdir(parents=True, exist_ok=True)
+        save_config(config, directory / "config.yaml")
+        metrics = MetricsFile(directory / "metrics.jsonl", last_step=state.step if resumed else None)
+    if config.report_to == "wandb":
+        settings = {"name": config.run_name, "dir": config.output_dir}
+        if state.tracker_run_id:
+            settings |= {"id": state.tracker_run_id, "resume": "allow"}
+        accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "minimind_dpo"),
+                                  config=dataclasses.asdict(config), init_kwargs={"wandb": settings})
+        if accelerator.is_main_process:
+            state.tracker_run_id = accelerator.get_tracker("wandb", unwrap=True).id
+    return metrics
+
+
+def finish_run(run: Run, tokenizer: Any) -> None:
+    """Write model/, summary.json and report.html."""
+    accelerator, directory, state = run.accelerator, run.output_dir, run.state
+    policy = accelerator.unwrap_model(run.scorer).model
+    weights = {name.removeprefix("model."): tensor
+               for name, tensor in accelerator.get_state_dict(run.scorer).items()}
+    peak = peak_memory_gib(accelerator)
+    if accelerator.is_main_process:
+        assert run.metrics is not None
+        partial, final = directory / ".model.partial", directory / "model"
+        shutil.rmtree(partial, ignore_errors=True)
+        policy.save_pretrained(partial, state_dict=weights)
+        tokenizer.save_pretrained(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        pairs = run.order.pairs_seen(state.step)
+        summary = {"steps": state.step, "pairs_seen": pairs, "seconds": state.seconds,
+                   "pairs_per_second": pairs / max(state.seconds, 1e-9), "peak_memory_gib": peak,
+                   "reference_digest": state.identity["reference_digest"]}
+        evaluations = [line for line in run.metrics.lines() if "eval_loss" in line]
+        if evaluations:
+            summary |= {"eval_before": _eval_metrics(evaluations[0]), "eval_after": _eval_metrics(evaluations[-1])}
+        _write(directory / "summary.json", json.dumps(summary, indent=1))
+        report = write_report(directory)
+        logger.info("done: %d steps, %d pairs, %.1f s; model in %s, report in %s",
+                    state.step, pairs, state.seconds, final, report)
+    accelerator.wait_for_everyone()
+
+
+def _eval_metrics(line: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in line.items() if name.startswith("eval_")}
+
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, "utf-8")
+    os.replace(partial, path)
