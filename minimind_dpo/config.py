@@ -115,7 +115,7 @@ def load_config(argv: list[str]) -> TrainConfig:
     if "config" in flags:
         values.update(_read_yaml(flags.pop("config")[0], problems))
     flags.pop("config", None)
-    values.update({name: (flag if _kind(name) == "list" else " ".join(flag)) for name, flag in flags.items()})
+    values.update({name: (flag if _kind(name) == "list" else flag[0]) for name, flag in flags.items()})
     return make_config(values, problems)
 
 
@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", nargs=1, metavar="FILE", help="yaml file with the keys below")
     for f in fields(TrainConfig):
         default = "" if f.default in (None, "", dataclasses.MISSING) else f" (default: {_plain(f.default)})"
-        parser.add_argument(f"--{f.name}", nargs="+", metavar=_kind(f.name).upper(),
+        parser.add_argument(f"--{f.name}", nargs="+" if _kind(f.name) == "list" else 1, metavar=_kind(f.name).upper(),
                             help=(f.metadata["help"] + default).replace("%", "%%"))
     return parser
 

@@ -22,6 +22,10 @@ class TrainingError(RuntimeError):
     """The run cannot go on, through no mistake of its configuration; exit code 1, with its message alone."""
 
 
+class StoppedEarly(Exception):
+    """A signal asked the run to stop; what it did so far is kept and the same command continues; exit code 75."""
+
+
 def exit_code(command: Callable[[], int]) -> int:
     """Run a command; 2 with one message for a user's mistake, 1 with a traceback for a failure."""
     try:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from minimind_dpo.data.batch import PairBatch, pair_key
 from minimind_dpo.data.cache import cache_root
+from minimind_dpo.errors import StoppedEarly
 from minimind_dpo.scoring import PairLayout, PairScorer
 
 logger = logging.getLogger(__name__)
@@ -189,20 +190,27 @@ def _chunks(dataset: Any, positions: Sequence[int]) -> list[tuple[Any, Sequence[
 
 def fill_cache(
     cache: ReferenceCache, accelerator: Accelerator, scorer: PairScorer, layout: PairLayout,
-    needed: Sequence[tuple[Any, Sequence[int]]], batch_size: int,
+    needed: Sequence[tuple[Any, Sequence[int]]], batch_size: int, stop: Callable[[], bool],
 ) -> None:
     """Score what the cache lacks, chunks dealt out to the ranks in turn; every rank must call it.
 
     Args:
         needed: tokenised datasets with the positions that will be looked up.
+        stop: asked before each chunk whether to end early.
+
+    Raises:
+        StoppedEarly: `stop` said so on any rank; finished chunks are kept.
     """
     chunks = [chunk for dataset, positions in needed for chunk in _chunks(dataset, positions)]
     progress = tqdm(chunks, desc="reference log-probabilities", unit="chunk",
                     disable=not accelerator.is_main_process)
     for index, (dataset, positions) in enumerate(progress):
+        if stop():
+            break
         if index % accelerator.num_processes == accelerator.process_index:
             rows = [dataset[int(position)] for position in positions]
             fill_chunk(cache, scorer, layout, rows, batch_size=batch_size, device=accelerator.device,
                        autocast=accelerator.autocast)
-    accelerator.wait_for_everyone()
+    if accelerator.reduce(torch.tensor(int(stop()), device=accelerator.device), "sum") > 0:
+        raise StoppedEarly("while computing reference log-probabilities")
     cache.refresh()

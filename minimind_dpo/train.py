@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from minimind_dpo.config import TrainConfig, load_config
 from minimind_dpo.data.order import PairOrder, total_steps
 from minimind_dpo.data.tokenized import TokenizedData, load_tokenizer, tokenize_files
-from minimind_dpo.errors import EXIT_DONE, EXIT_STOPPED, UserError, exit_code
+from minimind_dpo.errors import EXIT_DONE, EXIT_STOPPED, StoppedEarly, UserError, exit_code
 from minimind_dpo.models.loading import load_model
 from minimind_dpo.reference import (
     CachedReference,
@@ -32,7 +34,13 @@ from minimind_dpo.reference import (
     reference_digest,
 )
 from minimind_dpo.scoring import PairLayout, PairScorer, choose_layout, embedding_rows
-from minimind_dpo.training.checkpoint import TrainerState, find_checkpoint, load_checkpoint, read_state
+from minimind_dpo.training.checkpoint import (
+    TrainerState,
+    find_checkpoint,
+    load_checkpoint,
+    read_state,
+    set_aside_later,
+)
 from minimind_dpo.training.engine import make_accelerator, make_optimizer
 from minimind_dpo.training.loop import Run, train
 from minimind_dpo.training.run_directory import finish_run, open_run
@@ -64,12 +72,12 @@ def run(config: TrainConfig) -> int:
         with StopRequest() as stop:
             tokenizer = load_tokenizer(_tokenizer_path(config), config.trust_remote_code)
             training = _build(config, accelerator, tokenizer, checkpoint, stop)
-            if not train(training):
-                logger.info("stopped early at step %d of %d; the same command continues there",
-                            training.state.step, training.total_steps)
-                return EXIT_STOPPED
+            train(training)
             finish_run(training, tokenizer)
         return EXIT_DONE
+    except StoppedEarly as where:
+        logger.info("stopped early %s; the same command continues there", where)
+        return EXIT_STOPPED
     finally:
         accelerator.end_training()
 
@@ -87,26 +95,26 @@ def _build(
                       * config.gradient_accumulation_steps * accelerator.num_processes, config.seed, config.shuffle)
     steps = total_steps(order.num_pairs, order.global_batch, config.num_train_epochs, config.max_steps)
     policy.to(accelerator.device)
+    stop.listen()
     reference, digest = _reference(config, accelerator, policy, layout, [
         (train_data.dataset, _positions(order, steps)),
-        *([(eval_data.dataset, range(len(eval_data.dataset)))] if eval_data else [])])
+        *([(eval_data.dataset, range(len(eval_data.dataset)))] if eval_data else [])], stop.__bool__)
     if config.gradient_checkpointing:
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     scorer = PairScorer(policy.train())
     scorer, optimizer = accelerator.prepare(
         scorer, make_optimizer(scorer, config.learning_rate, config.weight_decay))
     identity = {name: getattr(config, name) for name in _IDENTITY} | {
-        "global_batch": order.global_batch, "train_data_digest": train_data.digest, "reference_digest": digest}
-    state = TrainerState(identity=identity)
+        "global_batch": order.global_batch, "mixed_precision": accelerator.mixed_precision,
+        "train_data_digest": train_data.digest, "reference_digest": digest}
+    state = TrainerState(total_steps=steps, identity=identity)
     if checkpoint is not None:
-        _check_identity(checkpoint, read_state(checkpoint).identity, identity)
-        state = load_checkpoint(accelerator, checkpoint)
-        logger.info("resuming after step %d from %s", state.step, checkpoint)
+        state = _resume(accelerator, checkpoint, state, Path(config.output_dir) / "checkpoints")
     metrics = open_run(config, accelerator, state, resumed=checkpoint is not None)
     logger.info("%d pairs, %d optimizer steps of %d pairs on %d process(es)",
                 order.num_pairs, steps, order.global_batch, accelerator.num_processes)
-    return Run(config, accelerator, scorer, optimizer, reference, layout, train_data, eval_data, order, steps,
-               metrics, state, stop)
+    return Run(config, accelerator, scorer, optimizer, reference, layout, train_data, eval_data, order, metrics, state,
+               stop)
 
 
 def _tokenizer_path(config: TrainConfig) -> str:
@@ -153,7 +161,7 @@ def _positions(order: PairOrder, steps: int) -> np.ndarray:
 
 def _reference(
     config: TrainConfig, accelerator: Accelerator, policy: PreTrainedModel, layout: PairLayout,
-    needed: list[tuple[Any, Any]],
+    needed: list[tuple[Any, Any]], stop: Callable[[], bool],
 ) -> tuple[Reference, str]:
     """The reference that `config.reference` asks for, and the digest of its weights."""
     mode = "cache" if config.reference == "auto" else config.reference
@@ -172,16 +180,26 @@ def _reference(
     cache = ReferenceCache(cache_directory(digest, {
         "precision": accelerator.mixed_precision, "attention": config.attn_implementation,
         "layout": layout.__name__, "device": accelerator.device.type}))
-    fill_cache(cache, accelerator, PairScorer(model.eval()), layout, needed, config.per_device_train_batch_size)
+    fill_cache(cache, accelerator, PairScorer(model.eval()), layout, needed, config.per_device_train_batch_size, stop)
     return CachedReference(cache), digest
 
 
-def _check_identity(checkpoint: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    changed = [f"{name}: was {saved.get(name)}, is {value}" for name, value in current.items()
-               if saved.get(name) != value]
+def _resume(accelerator: Accelerator, checkpoint: Path, fresh: TrainerState, directory: Path) -> TrainerState:
+    """Continue from `checkpoint` if it belongs to the run that `fresh` describes."""
+    saved = read_state(checkpoint)
+    changed = [f"{name}: was {saved.identity.get(name)}, is {value}" for name, value in fresh.identity.items()
+               if saved.identity.get(name) != value]
     if changed:
         raise UserError(f"{checkpoint} belongs to another run:\n  " + "\n  ".join(changed)
                         + "\nUse the run's own settings, model and data, or another output_dir")
+    if saved.total_steps != fresh.total_steps:
+        logger.warning("the run now has %d steps, not %d: from here on the learning rate follows the new length",
+                       fresh.total_steps, saved.total_steps)
+    state = load_checkpoint(accelerator, checkpoint)
+    if accelerator.is_main_process:
+        set_aside_later(directory, state.step)
+    logger.info("resuming after step %d from %s", state.step, checkpoint)
+    return dataclasses.replace(state, total_steps=fresh.total_steps)
 
 
 def main(argv: list[str]) -> int:

@@ -223,6 +223,28 @@ def test_damaged_checkpoint_is_passed_over(inputs: Inputs, tmp_path: Path) -> No
     assert same_bits(tmp_path / "damaged", tmp_path / "whole")
 
 
+def test_resuming_an_older_checkpoint_sets_later_ones_aside(inputs: Inputs, tmp_path: Path) -> None:
+    """Steps 2, 4, 6 are there and 2 is asked for: 4 and 6 are kept under another name, not counted, not deleted."""
+    options = dict(num_train_epochs=2, save_steps=2, save_total_limit=0)
+    train_here(inputs.flags(tmp_path, **options))
+    checkpoints = tmp_path / "checkpoints"
+    before = weights(tmp_path)
+    train_here(inputs.flags(tmp_path, resume=checkpoints / "step-000002", **options))
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "abandoned-step-000004", "abandoned-step-000006", "step-000002", "step-000004", "step-000006"]
+    assert all((weights(tmp_path)[name] == tensor).all() for name, tensor in before.items())
+    assert [line["step"] for line in train_lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_longer_run_continues_with_a_notice(
+    inputs: Inputs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train_here(inputs.flags(tmp_path, save_steps=2))
+    train_here(inputs.flags(tmp_path, save_steps=2, num_train_epochs=2))
+    assert "the run now has 6 steps, not 3" in caplog.text
+    assert [line["step"] for line in train_lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
 @pytest.mark.parametrize(("options", "code", "message"), [
     ({"beta": "-1"}, 2, "beta: must be positive"),
     ({"train_data": "missing.jsonl"}, 2, "missing.jsonl"),

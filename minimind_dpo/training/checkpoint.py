@@ -33,12 +33,14 @@ class TrainerState:
 
     Attributes:
         step: finished optimizer steps.
+        total_steps: optimizer steps of the whole run.
         seconds: wall time spent in training so far, over all sessions of the run.
         identity: what must be equal for a resume to continue the same run (`reference_digest`, data, settings).
         tracker_run_id: the tracker's id of the run, to append to it.
     """
 
     step: int = 0
+    total_steps: int = 0
     seconds: float = 0.0
     identity: dict[str, Any] = field(default_factory=dict)
     tracker_run_id: str | None = None
@@ -93,7 +95,7 @@ def find_checkpoint(directory: Path, resume: str) -> Path | None:
         if problem := checkpoint_problem(Path(resume)):
             raise UserError(f"--resume {resume}: {problem}")
         return Path(resume)
-    existing = sorted(directory.glob("step-*"), reverse=True)
+    existing = _newest_first(directory)
     finished = (directory.parent / "model").exists()
     if (existing and resume == "never") or (finished and not existing):
         raise UserError(f"{directory.parent} already holds a run ({existing[0].name if existing else 'model'}); "
@@ -107,6 +109,17 @@ def find_checkpoint(directory: Path, resume: str) -> Path | None:
         raise UserError(f"no checkpoint under {directory} is intact (see the warnings above); restore one, or move "
                         "the directory away to start from scratch")
     return None
+
+
+def set_aside_later(directory: Path, step: int) -> None:
+    """Rename checkpoints beyond `step`, which a run that resumes there abandons: they are kept, but not its own."""
+    for path in _newest_first(directory):
+        if _step_of(path) > step:
+            aside = path.with_name(f"abandoned-{path.name}")
+            if aside.exists():
+                shutil.rmtree(aside)
+            os.replace(path, aside)
+            logger.warning("%s lies beyond the step resumed from: kept as %s", path.name, aside)
 
 
 def checkpoint_problem(path: Path) -> str | None:
@@ -156,8 +169,16 @@ def _prune(directory: Path, keep: int) -> None:
     for path in directory.glob(".step-*.partial"):
         shutil.rmtree(path, ignore_errors=True)
     if keep:
-        for path in sorted(directory.glob("step-*"))[:-keep]:
+        for path in _newest_first(directory)[keep:]:
             _discard(path)
+
+
+def _newest_first(directory: Path) -> list[Path]:
+    return sorted(directory.glob("step-*"), key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _discard(path: Path) -> None:

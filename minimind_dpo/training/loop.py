@@ -20,7 +20,7 @@ from minimind_dpo.config import TrainConfig
 from minimind_dpo.data.batch import PairBatch
 from minimind_dpo.data.order import MicroBatch, PairOrder, split_step
 from minimind_dpo.data.tokenized import TokenizedData
-from minimind_dpo.errors import TrainingError
+from minimind_dpo.errors import StoppedEarly, TrainingError
 from minimind_dpo.evaluation import evaluate, score_batch
 from minimind_dpo.reference import Reference
 from minimind_dpo.scoring import PairLayout
@@ -51,7 +51,6 @@ class Run:
     train_data: TokenizedData
     eval_data: TokenizedData | None
     order: PairOrder
-    total_steps: int
     metrics: MetricsFile | None
     state: TrainerState
     stop: StopRequest
@@ -73,27 +72,25 @@ class Run:
                           micro_batch_size=self.config.per_device_train_batch_size)
 
 
-def train(run: Run) -> bool:
+def train(run: Run) -> None:
     """Train from `run.state.step` to the last step.
 
-    Returns:
-        True when the last step is done, False when a signal stopped the run early (a checkpoint is written).
-
     Raises:
+        StoppedEarly: a signal asked for it; a checkpoint is written.
         TrainingError: a loss or gradient is not finite; weights are as after the last good step.
     """
     config, state, accelerator = run.config, run.state, run.accelerator
     schedule = learning_rate_schedule(
-        config.lr_scheduler_type, config.learning_rate, run.total_steps, config.warmup_ratio)
+        config.lr_scheduler_type, config.learning_rate, state.total_steps, config.warmup_ratio)
     batches = _load(run)
     run.scorer.train()
-    progress = tqdm(total=run.total_steps, initial=state.step, unit="step", dynamic_ncols=True,
+    progress = tqdm(total=state.total_steps, initial=state.step, unit="step", dynamic_ncols=True,
                     disable=not accelerator.is_main_process)
     clock = _Clock(state)
     if state.step == 0:
         _evaluate(run)
         clock.restart()
-    while state.step < run.total_steps:
+    while state.step < state.total_steps:
         step = state.step + 1
         learning_rate = schedule(step)
         for group in run.optimizer.param_groups:
@@ -102,23 +99,22 @@ def train(run: Run) -> bool:
         state.step = step
         clock.count(sums)
         _show(progress, sums, clock)
-        if step % config.logging_steps == 0 or step == run.total_steps:
+        if step % config.logging_steps == 0 or step == state.total_steps:
             _log(run, sums, grad_norm, learning_rate, clock)
-        if _due(config.eval_steps, step) or step == run.total_steps:
+        if _due(config.eval_steps, step) or step == state.total_steps:
             _evaluate(run)
             clock.restart()
-        if stopped or _due(config.save_steps, step) or (config.save_steps and step == run.total_steps):
+        if stopped or _due(config.save_steps, step) or (config.save_steps and step == state.total_steps):
             clock.store(state)
             if run.metrics is not None:
                 run.metrics.sync()
             save_checkpoint(accelerator, run.checkpoints, state, config.save_total_limit)
             clock.restart()
-        if stopped and step < run.total_steps:
+        if stopped and step < state.total_steps:
             progress.close()
-            return False
+            raise StoppedEarly(f"after step {step} of {state.total_steps}")
     clock.store(state)
     progress.close()
-    return True
 
 
 def _due(every: int | None, step: int) -> bool:
@@ -129,7 +125,7 @@ def _load(run: Run) -> Batches:
     """This rank's micro-batches from the next step on, collated, with their `counted` flags."""
 
     def plan() -> Iterator[MicroBatch]:
-        for step in range(run.state.step + 1, run.total_steps + 1):
+        for step in range(run.state.step + 1, run.state.total_steps + 1):
             yield from run.micro_batches(step)
 
     sampler: Any = (micro_batch.pairs for micro_batch in plan())

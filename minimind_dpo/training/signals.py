@@ -11,9 +11,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """True once this process was asked to stop. A context manager: handlers are put back at its end.
+    """True once this process was asked to stop.
 
-    A second SIGINT interrupts at once.
+    A context manager: from `listen` to its end it takes the signals, then the handlers before are put back. A second
+    SIGINT interrupts at once.
     """
 
     def __init__(self) -> None:
@@ -21,9 +22,12 @@ class StopRequest:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
+        return self
+
+    def listen(self) -> None:
+        """Take the signals from now on; before, they end the process as usual."""
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
-        return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
