@@ -177,8 +177,8 @@ def fill_chunk(
         batch = layout(rows[start : start + batch_size]).to(device)
         with autocast():
             per_token_logps = scorer(batch).per_token_logps.float().cpu()
-        sizes = (batch.chosen_tokens + batch.rejected_tokens).tolist()
-        logps += [part.numpy() for part in per_token_logps.split(sizes)]
+        sides = [part.numpy() for part in per_token_logps.split(batch.side_sizes)]
+        logps += [np.concatenate(pair) for pair in zip(sides[::2], sides[1::2], strict=True)]
     cache.write_chunk(keys, logps)
     return True
 

@@ -73,8 +73,7 @@ class PairScorer(nn.Module):
 
 def sum_per_side(per_token_logps: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor]:
     """Sum [M] per-token log-probabilities over each side's completion tokens: chosen [B] and rejected [B], nats."""
-    sizes = torch.stack([batch.chosen_tokens, batch.rejected_tokens], dim=1).flatten().tolist()
-    sums = torch.stack([part.sum() for part in per_token_logps.split(sizes)]).view(-1, 2)
+    sums = torch.stack([part.sum() for part in per_token_logps.split(batch.side_sizes)]).view(-1, 2)
     return sums[:, 0], sums[:, 1]
 
 

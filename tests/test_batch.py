@@ -37,6 +37,7 @@ def test_packed_batch_by_hand() -> None:
     assert batch.target_ids.tolist() == [11, 13, 14, 23, 25, 41, 42, 51]
     assert batch.token_index.tolist() == [0, 1, 2, 0, 3, 4, 5, 6, 7]
     assert batch.chosen_tokens.tolist() == [3, 2] and batch.rejected_tokens.tolist() == [3, 1]
+    assert batch.side_sizes == (3, 3, 2, 1)
     assert [s.tolist() for s in batch.sequences] == [[0, 1, 2, 3], [0, 1, 2, 4, 5], [6, 7], [6]]
     assert batch.num_tokens == 8
 

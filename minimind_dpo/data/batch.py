@@ -56,6 +56,8 @@ class PairBatch:
         token_index: [M] for each counted token in canonical order its entry in the K; a counted token of the
             shared prefix appears for both sides.
         chosen_tokens, rejected_tokens: [B] counted tokens of each side; their sum is M.
+        side_sizes: the same 2 B numbers (chosen, rejected, chosen, ...) on the host, to split the M without waiting
+            for a device.
         sequences: 2 B arrays of positions in the flattened rows, the input of each side without padding.
         weights: [B] per-pair weights.
         keys: B digests of each pair's token ids and masks.
@@ -71,6 +73,7 @@ class PairBatch:
     token_index: Tensor
     chosen_tokens: Tensor
     rejected_tokens: Tensor
+    side_sizes: tuple[int, ...]
     sequences: tuple[Tensor, ...]
     weights: Tensor
     keys: tuple[bytes, ...]
@@ -191,6 +194,7 @@ def _batch(
         input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, segments=segments,
         logit_positions=_row(logit_positions)[0], target_ids=_row(target_ids)[0], token_index=_row(token_index)[0],
         chosen_tokens=tokens[:, 0], rejected_tokens=tokens[:, 1],
+        side_sizes=tuple(size for pair in counts for size in pair),
         sequences=tuple(torch.from_numpy(sequence) for sequence in sequences),
         weights=torch.tensor([float(row.get("weight", 1.0)) for row in rows]),
         keys=tuple(pair_key(row) for row in rows), num_tokens=num_tokens,
