@@ -249,9 +249,11 @@ def test_a_longer_run_continues_with_a_notice(
     ({"beta": "-1"}, 2, "beta: must be positive"),
     ({"train_data": "missing.jsonl"}, 2, "missing.jsonl"),
     ({"model_name_or_path": "nowhere/model"}, 2, "nowhere/model"),
+    ({"report_to": "wandb"}, 2, "set WANDB_MODE=offline"),
     ({"learning_rate": "1e30", "max_grad_norm": 0}, 1, "of optimizer step 2 is not finite"),
 ])
 def test_exit_codes(inputs: Inputs, tmp_path: Path, options: dict[str, str], code: int, message: str) -> None:
-    result = run_command(inputs.flags(tmp_path, **options))
+    result = run_command(inputs.flags(tmp_path, **options), WANDB_MODE="online", WANDB_API_KEY="",
+                         WANDB_BASE_URL="http://127.0.0.1:9")
     assert result.returncode == code and message in result.stderr
     assert "Traceback" not in result.stderr

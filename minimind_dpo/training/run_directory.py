@@ -13,6 +13,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from minimind_dpo.config import TrainConfig, save_config
+from minimind_dpo.errors import UserError
 from minimind_dpo.report import write_report
 from minimind_dpo.training.checkpoint import TrainerState
 from minimind_dpo.training.loop import Run
@@ -32,14 +33,25 @@ def open_run(
         save_config(config, directory / "config.yaml")
         metrics = MetricsFile(directory / "metrics.jsonl", last_step=state.step if resumed else None)
     if config.report_to == "wandb":
-        settings = {"name": config.run_name, "dir": config.output_dir}
-        if state.tracker_run_id:
-            settings |= {"id": state.tracker_run_id, "resume": "allow"}
+        _start_wandb(config, accelerator, state)
+    return metrics
+
+
+def _start_wandb(config: TrainConfig, accelerator: Accelerator, state: TrainerState) -> None:
+    import wandb
+
+    settings = {"name": config.run_name, "dir": config.output_dir}
+    if state.tracker_run_id:
+        settings |= {"id": state.tracker_run_id, "resume": "allow"}
+    try:
         accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "minimind_dpo"),
                                   config=dataclasses.asdict(config), init_kwargs={"wandb": settings})
-        if accelerator.is_main_process:
-            state.tracker_run_id = accelerator.get_tracker("wandb", unwrap=True).id
-    return metrics
+    except wandb.Error as error:
+        accelerator.trackers.clear()  # one that never started cannot be ended
+        raise UserError(f"report_to: W&B cannot start: {error}\nLog in with `wandb login`, set WANDB_MODE=offline, "
+                        "or use report_to: none") from None
+    if accelerator.is_main_process:
+        state.tracker_run_id = accelerator.get_tracker("wandb", unwrap=True).id
 
 
 def finish_run(run: Run, tokenizer: Any) -> None:
