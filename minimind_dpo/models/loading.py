@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import local_torch_dtype
 
@@ -144,6 +144,8 @@ def _load_pretrained(
         config = AutoConfig.from_pretrained(name, trust_remote_code=options["trust_remote_code"], **files)
         _apply_overrides(config, overrides, source)
         options = options | files | {"config": config, "dtype": dtype or "auto"}
+        if is_gguf:  # plain weights: packed ones can neither be trained nor saved
+            options["quantization_config"] = GgufConfig(dequantize=True)
         model, info = load(name, output_loading_info=True, **options)
     except UserError:
         raise
