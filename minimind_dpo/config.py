@@ -146,7 +146,7 @@ def save_config(config: TrainConfig, path: Path) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="minimind-dpo train", allow_abbrev=False,
+        prog="minimind-dpo train", usage="minimind-dpo train [--config FILE] [--KEY VALUE ...]", allow_abbrev=False,
         description="Train a causal language model on preference pairs with DPO.")
     parser.add_argument("--config", nargs=1, metavar="FILE", help="yaml file with the keys below")
     for f in fields(TrainConfig):

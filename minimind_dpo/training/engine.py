@@ -24,7 +24,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     left to itself each would believe it is alone. DeepSpeed must not hear of `use_cpu`, which switches it off.
     """
     handlers = []
-    if not torch.accelerator.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    on_cpu = not torch.accelerator.is_available()
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out itself
+    if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
         if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
             os.environ["ACCELERATE_USE_CPU"] = "true"
