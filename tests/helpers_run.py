@@ -89,7 +89,7 @@ def environment(**extra: str) -> dict[str, str]:
 def run_command(flags: list[str], accelerate: str | None = None, **extra: str) -> subprocess.CompletedProcess[str]:
     """Run the real command to its end."""
     return subprocess.run(command(flags, accelerate), env=environment(**extra), capture_output=True, text=True,
-                          timeout=300)
+                          timeout=600, cwd=REPOSITORY)
 
 
 def weights(output_dir: Path) -> dict[str, torch.Tensor]:

@@ -77,7 +77,8 @@ def test_live_and_cached_reference_agree(inputs: Inputs, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("batch", "accumulation", "accelerate"), [
-    (1, 8, None), (2, 4, None), (2, 2, "multi_cpu"), (1, 4, "multi_cpu")])
+    (1, 8, None), (2, 4, None), (2, 2, "multi_cpu"), (1, 4, "multi_cpu"),
+    (2, 2, "ds_zero1_cpu"), (2, 2, "ds_zero2_cpu")])
 def test_factorisation_does_not_matter(
     inputs: Inputs, tmp_path: Path, batch: int, accumulation: int, accelerate: str | None
 ) -> None:

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -27,6 +30,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     on_cpu = not torch.accelerator.is_available()
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out itself
+    # DeepSpeed compiles its kernels at first use and looks for ninja in PATH, which a .venv may not be in
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
         if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
@@ -35,6 +40,11 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     accelerator = Accelerator(kwargs_handlers=handlers, log_with=trackers, project_dir=config.output_dir)
     if accelerator.device.type == "cpu":
         torch.set_num_threads(_cpu_threads(accelerator))
+    if accelerator.state.deepspeed_plugin is not None:
+        # said in the training configuration; DeepSpeed's own must not repeat them
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": config.per_device_train_batch_size, "gradient_accumulation_steps": 1,
+            "gradient_clipping": config.max_grad_norm}
     return accelerator
 
 
@@ -53,14 +63,43 @@ def _cpu_threads(accelerator: Accelerator) -> int:
 
 def accumulate(accelerator: Accelerator, model: nn.Module, last: bool) -> AbstractContextManager[None]:
     """Run a micro-batch; gradients are exchanged between ranks only in the `last` one of an optimizer step."""
-    return contextlib.nullcontext() if last else accelerator.no_sync(model)
+    return contextlib.nullcontext() if last or _deepspeed(accelerator) else accelerator.no_sync(model)
 
 
-def clip_gradients(accelerator: Accelerator, model: nn.Module, max_grad_norm: float) -> Tensor:
-    """Clip the step's gradients to a norm of `max_grad_norm` (0: leave them) and return their norm before."""
+def backward(accelerator: Accelerator, loss: Tensor, last: bool) -> None:
+    """Add the gradient of one micro-batch's loss; `last` ends the optimizer step's accumulation."""
+    engine = _deepspeed(accelerator)
+    if engine is None:
+        accelerator.backward(loss)
+    else:
+        # told for each micro-batch, since a partial step has fewer of them than the configuration says
+        engine.set_gradient_accumulation_boundary(last)
+        engine.backward(loss)
+
+
+def apply_gradients(
+    accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, max_grad_norm: float
+) -> float:
+    """Clip the accumulated gradients to a norm of `max_grad_norm` (0: leave them) and take the optimizer's step.
+
+    Returns:
+        The gradient norm before clipping. If it is not finite the weights are left as they were, but under DeepSpeed
+        in fp32 or bf16, which knows the norm only after its step.
+    """
+    engine = _deepspeed(accelerator)
+    if engine is not None:
+        engine.step()
+        return float(engine.get_global_grad_norm())
     norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
-    assert norm is not None
-    return norm.detach()
+    if torch.isfinite(norm) or can_skip_steps(accelerator):
+        optimizer.step()
+    optimizer.zero_grad()
+    return float(norm)
+
+
+def _deepspeed(accelerator: Accelerator) -> Any:
+    """DeepSpeed's engine of the policy, None without DeepSpeed."""
+    return getattr(getattr(accelerator, "deepspeed_engine_wrapped", None), "engine", None)
 
 
 def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
@@ -71,4 +110,4 @@ def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) 
 
 def can_skip_steps(accelerator: Accelerator) -> bool:
     """Whether a gradient overflow is part of normal life: fp16's loss scaler skips such a step and lowers its scale."""
-    return accelerator.scaler is not None
+    return accelerator.mixed_precision == "fp16"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -25,7 +25,7 @@ from minimind_dpo.evaluation import evaluate, score_batch
 from minimind_dpo.reference import Reference
 from minimind_dpo.scoring import PairLayout
 from minimind_dpo.training.checkpoint import TrainerState, save_checkpoint
-from minimind_dpo.training.engine import accumulate, can_skip_steps, clip_gradients
+from minimind_dpo.training.engine import accumulate, apply_gradients, backward, can_skip_steps
 from minimind_dpo.training.metrics import MetricsFile, empty_sums, metrics_of, peak_memory_gib, tokens_of
 from minimind_dpo.training.schedule import learning_rate_schedule
 from minimind_dpo.training.signals import StopRequest
@@ -149,29 +149,28 @@ def _optimizer_step(run: Run, step: int, batches: Batches) -> tuple[list[float],
     sums = empty_sums(accelerator.device)
     for index in range(micro_batches):
         batch, counted = next(batches)
-        with accumulate(accelerator, run.scorer, last=index == micro_batches - 1):
+        last = index == micro_batches - 1
+        with accumulate(accelerator, run.scorer, last):
             losses, aux_losses, batch_sums = score_batch(
                 run.scorer, run.reference, batch.to(accelerator.device), run.config)
-            accelerator.backward((losses + aux_losses).sum() * (scale * counted))
+            backward(accelerator, (losses + aux_losses).sum() * (scale * counted), last)
         sums += batch_sums * counted
-    grad_norm = clip_gradients(accelerator, run.scorer, run.config.max_grad_norm)
     own = torch.cat([sums, torch.tensor([float(bool(run.stop))], dtype=sums.dtype, device=sums.device)])
     *totals, stops = accelerator.reduce(own, "sum").tolist()
-    _check_finite(run, step, totals, grad_norm)
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    return totals, float(grad_norm), stops > 0
+    _check_finite(run, step, "loss", totals)
+    grad_norm = apply_gradients(accelerator, run.scorer, run.optimizer, run.config.max_grad_norm)
+    if not can_skip_steps(accelerator):
+        _check_finite(run, step, "gradient norm", [grad_norm])
+    return totals, grad_norm, stops > 0
 
 
-def _check_finite(run: Run, step: int, sums: list[float], grad_norm: Tensor) -> None:
-    finite_loss = all(value - value == 0 for value in sums)
-    if finite_loss and (can_skip_steps(run.accelerator) or bool(torch.isfinite(grad_norm))):
+def _check_finite(run: Run, step: int, what: str, values: list[float]) -> None:
+    if all(math.isfinite(value) for value in values):
         return
-    what = "gradient norm" if finite_loss else "loss"
     places = [run.train_data.dataset[int(pair)]["place"] for pair in run.order.step_pairs(step)[:8]]
     raise TrainingError(
-        f"the {what} of optimizer step {step} is not finite; the weights of step {step - 1} were not changed. "
-        f"Pairs of the step: {', '.join(places)}. Try a lower learning_rate, or bf16 instead of fp16.")
+        f"the {what} of optimizer step {step} is not finite; the run ends before that step. Pairs of the step: "
+        f"{', '.join(places)}. Try a lower learning_rate, or bf16 instead of fp16.")
 
 
 def _evaluate(run: Run) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from minimind_dpo.config import TrainConfig, save_config
 from minimind_dpo.errors import UserError
@@ -58,8 +60,7 @@ def finish_run(run: Run, tokenizer: Any) -> None:
     """Write model/, summary.json and report.html."""
     accelerator, directory, state = run.accelerator, run.output_dir, run.state
     policy = accelerator.unwrap_model(run.scorer).model
-    weights = {name.removeprefix("model."): tensor
-               for name, tensor in accelerator.get_state_dict(run.scorer).items()}
+    weights = _policy_weights(run, policy)
     peak = peak_memory_gib(accelerator)
     if accelerator.is_main_process:
         assert run.metrics is not None
@@ -81,6 +82,15 @@ def finish_run(run: Run, tokenizer: Any) -> None:
         logger.info("done: %d steps, %d pairs, %.1f s; model in %s, report in %s",
                     state.step, pairs, state.seconds, final, report)
     accelerator.wait_for_everyone()
+
+
+def _policy_weights(run: Run, policy: PreTrainedModel) -> dict[str, Tensor]:
+    """The policy's weights on the main process, a tied one under its first name only."""
+    tied = {name for name, _ in policy.named_parameters(remove_duplicate=False)} - {
+        name for name, _ in policy.named_parameters()}
+    state = run.accelerator.get_state_dict(run.scorer) or {}
+    return {name.removeprefix("model."): tensor for name, tensor in state.items()
+            if name.removeprefix("model.") not in tied}
 
 
 def _eval_metrics(line: dict[str, Any]) -> dict[str, float]:
