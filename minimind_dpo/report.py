@@ -1,0 +1,244 @@
+"""A run's report: one self-contained HTML page made from the files of a run directory.
+
+Everything on the page is read from `metrics.jsonl`, `summary.json`, `config.yaml` and, where a run has it,
+`replies.jsonl`. A piece that is missing leaves its part of the page out; the same files give the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import matplotlib
+import yaml
+from jinja2 import Environment
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from minimind_dpo.errors import UserError
+
+Series = tuple[list[float], list[float]]  # optimizer steps, values
+
+EVAL_ORDER = [
+    "logps/accuracies", "loss", "dpo_loss", "rewards/accuracies", "rewards/margins", "rewards/chosen",
+    "rewards/rejected",
+]
+BLUE, ORANGE, GREEN, GREY = "#3b82f6", "#f97316", "#1f9d62", "#8b8f98"  # readable on white and on black
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `run_dir/report.html` and return its path.
+
+    `replies.jsonl` holds one object a line: "prompt", "before", "after", "before_ok", "after_ok".
+
+    Raises:
+        UserError: `run_dir` has no `metrics.jsonl`, or a file in it can't be read.
+    """
+    run_dir = Path(run_dir)
+    if not (run_dir / "metrics.jsonl").is_file():
+        raise UserError(f"{run_dir}: no metrics.jsonl here; name the output_dir of a training run")
+    rows = _read_lines(run_dir / "metrics.jsonl")
+    summary = _read_json(run_dir / "summary.json")
+    config = _read_yaml(run_dir / "config.yaml")
+    replies = _read_lines(run_dir / "replies.jsonl")
+    page = (
+        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        .from_string((Path(__file__).parent / "report_template.html").read_text(encoding="utf-8"))
+        .render(
+            title=str(config.get("run_name") or run_dir.resolve().name),
+            finished=bool(summary),
+            headlines=headlines(summary, rows, replies),
+            curves=curves(rows),
+            evaluation=evaluation_table(summary),
+            replies=replies,
+            config=[(key, _text(value)) for key, value in config.items()],
+        )
+    )
+    path = run_dir / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def headlines(
+    summary: dict[str, Any], rows: list[dict[str, Any]], replies: list[dict[str, Any]]
+) -> list[tuple[str, str]]:
+    """(value, label) of the figures at the top: right replies and evaluation first, then the cost."""
+    figures: list[tuple[str, str]] = []
+    if replies:
+        right = [sum(bool(reply.get(key)) for reply in replies) for key in ("before_ok", "after_ok")]
+        figures.append(
+            (f"{right[0]} → {right[1]}", f"replies right by the task's rule, of {len(replies)}, before → after")
+        )
+    before, after = summary.get("eval_before") or {}, summary.get("eval_after") or {}
+    for key, label, show in (
+        ("logps/accuracies", "held-out pairs whose chosen reply the model itself finds likelier, per token", _percent),
+        ("loss", "held-out loss", _number),
+    ):
+        first, last = _metric(before, key), _metric(after, key)
+        if first is not None and last is not None:
+            figures.append((f"{show(first)} → {show(last)}", f"{label}, before → after"))
+    rewarded = _metric(after, "rewards/accuracies")
+    if rewarded is not None:  # its "before" is 0 by definition, so it would only mislead
+        figures.append((_percent(rewarded), "held-out pairs that reward the chosen reply more, after"))
+    last_row: dict[str, Any] = next((row for row in reversed(rows) if "loss" in row), {})
+    cost = {
+        "steps": ("step", "optimizer steps"),
+        "pairs_seen": ("pairs_seen", "pairs seen"),
+        "seconds": ("", "seconds"),
+        "pairs_per_second": ("pairs_per_second", "pairs a second"),
+        "peak_memory_gib": ("peak_memory_gib", "GiB of memory at the peak"),
+    }
+    for key, (logged, label) in cost.items():
+        value = summary.get(key, last_row.get(logged))
+        if value is not None:
+            figures.append((_number(value), label))
+    return figures
+
+
+def evaluation_table(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(metric, before, after) for every metric of the first and the last evaluation, the important ones first."""
+    before, after = (
+        {name.removeprefix("eval_"): value for name, value in (summary.get(key) or {}).items()}
+        for key in ("eval_before", "eval_after")
+    )
+    names = [*before, *(key for key in after if key not in before)]
+    names.sort(key=lambda name: (EVAL_ORDER.index(name) if name in EVAL_ORDER else len(EVAL_ORDER), name))
+    return [(name, _text(before.get(name, "–")), _text(after.get(name, "–"))) for name in names]
+
+
+def curves(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """(title, inline SVG) of every curve that has at least one finite point."""
+
+    def lines(*names: tuple[str, str, str]) -> list[tuple[str, str, Series]]:
+        found = [(label, colour, series(rows, key)) for key, label, colour in names]
+        return [line for line in found if line[2][0]]
+
+    def ln2(axes: Axes) -> None:
+        axes.axhline(math.log(2), color=GREY, linewidth=1, linestyle=":", label="ln 2: knows no preference")
+
+    def half(axes: Axes) -> None:
+        axes.axhline(0.5, color=GREY, linewidth=1, linestyle=":")
+        axes.set_ylim(-0.03, 1.03)
+
+    def zero(axes: Axes) -> None:
+        axes.axhline(0.0, color=GREY, linewidth=1, linestyle=":")
+
+    plots: list[tuple[str, list[tuple[str, str, Series]], Callable[[Axes], None] | None]] = [
+        ("Loss (nats a pair)", lines(("loss", "training", BLUE), ("eval_loss", "held-out", ORANGE)), ln2),
+        (
+            "Accuracy (share of pairs)",
+            lines(
+                ("rewards/accuracies", "training: chosen reward higher", BLUE),
+                ("eval_rewards/accuracies", "held-out: chosen reward higher", ORANGE),
+                ("eval_logps/accuracies", "held-out: chosen likelier", GREEN),
+            ),
+            half,
+        ),
+        (
+            "Rewards (beta × summed log-ratio to the reference)",
+            lines(("rewards/chosen", "chosen", BLUE), ("rewards/rejected", "rejected", ORANGE)),
+            zero,
+        ),
+        (
+            "Margin (chosen reward − rejected reward)",
+            lines(("rewards/margins", "training", BLUE), ("eval_rewards/margins", "held-out", ORANGE)),
+            zero,
+        ),
+        ("Learning rate", lines(("learning_rate", "learning rate", BLUE)), None),
+        ("Gradient norm (before clipping)", lines(("grad_norm", "gradient norm", BLUE)), None),
+    ]
+    return [(title, _svg(title, found, extra)) for title, found, extra in plots if found]
+
+
+def series(rows: list[dict[str, Any]], key: str) -> Series:
+    """Steps and finite values of one metric, in the order of the log."""
+    points = [(row.get("step"), row.get(key)) for row in rows]
+    kept = [(float(x), float(y)) for x, y in points if _finite(x) and _finite(y)]
+    return [x for x, _ in kept], [y for _, y in kept]
+
+
+def _svg(title: str, lines: list[tuple[str, str, Series]], extra: Callable[[Axes], None] | None) -> str:
+    """One small line chart; text stays text and takes the page's own colour, so that it follows dark mode."""
+    settings: Any = {"svg.hashsalt": title, "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(5.2, 2.7), layout="constrained")
+        axes = figure.subplots()
+        if extra is not None:
+            extra(axes)
+        for label, colour, (steps, values) in lines:
+            marker = "o" if len(steps) < 30 else None
+            axes.plot(steps, values, label=label, color=colour, linewidth=1.6, marker=marker, markersize=3)
+        axes.set_xlabel("optimizer step")
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(axes.get_legend_handles_labels()[1]) > 1:
+            axes.legend(frameon=False, fontsize=9)
+        buffer = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(["Creator", "Date", "Format", "Type"]))
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :]  # without the XML prologue
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file ([] if it is absent); a last line that is still being written is left out."""
+    if not path.is_file():
+        return []
+    rows: list[dict[str, Any]] = []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise UserError(f"{path}:{number}: not a JSON object ({error}); mend or remove the line") from error
+    return rows
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}); remove the file or run again") from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8")) or {} if path.is_file() else {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML ({error}); remove the file or run again") from error
+
+
+def _metric(metrics: dict[str, Any], name: str) -> float | None:
+    """A metric by its bare name, whether or not it carries the prefix of an evaluation."""
+    value = metrics.get(f"eval_{name}", metrics.get(name))
+    return float(value) if _finite(value) else None
+
+
+def _finite(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def _number(value: float) -> str:
+    """Whole numbers as they are, others with three or four figures that count."""
+    if isinstance(value, int) or (abs(value) >= 100 and _finite(value)):
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def _text(value: Any) -> str:
+    """A cell: numbers short, true and false as yaml writes them, the rest as it is."""
+    if isinstance(value, bool) or value is None:
+        return json.dumps(value)
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    return json.dumps(value) if isinstance(value, (list, dict)) else str(value)
