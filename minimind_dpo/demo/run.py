@@ -1,0 +1,163 @@
+"""`minimind-dpo demo`: replies before, DPO through the ordinary training entry, replies after, a report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import textwrap
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from minimind_dpo.config import TrainConfig, make_config
+from minimind_dpo.data.tokenized import load_tokenizer
+from minimind_dpo.demo.task import judge
+from minimind_dpo.models.loading import load_model
+from minimind_dpo.report import write_report
+from minimind_dpo.train import run
+
+ASSETS = Path(__file__).parent / "assets"
+DEMO_NAME = "minimind-dpo demo"
+SHOWN = 10  # replies printed in the terminal; the report has all of them
+
+
+def run_demo(argv: list[str]) -> int:
+    """Train the embedded model on the embedded pairs and show what changed; the exit code of the training run.
+
+    Leaves an ordinary run directory, and in it `replies.jsonl`: the greedy replies to all held-out prompts before
+    and after, judged by the task's rule.
+    """
+    parser = argparse.ArgumentParser(prog="minimind-dpo demo", description="Train the embedded demo on the CPU.")
+    parser.add_argument("--output_dir", default="runs/demo", help="the run directory (default: runs/demo)")
+    parser.add_argument("--max_steps", type=int, help="optimizer steps (default: all of the demo)")
+    options = parser.parse_args(argv)
+    started = time.monotonic()
+    output_dir = Path(options.output_dir)
+    config = demo_config(output_dir, options.max_steps)
+    prompts = heldout_prompts()
+    _clear_former_demo(output_dir)
+    print(f"A tiny MiniMind that stays a butler even when it is asked for a pirate.\nIts replies to {len(prompts)} "
+          "prompts that no training sees, before ...", flush=True)  # fmt: skip
+    before = speak(config.model_name_or_path, config, prompts)
+    code = run(config)
+    if code != 0:
+        return code
+    after = speak(str(output_dir), config, prompts)
+    replies = [
+        {"prompt": prompt, "before": old, "after": new, "before_ok": judge(prompt, old), "after_ok": judge(prompt, new)}
+        for prompt, old, new in zip(prompts, before, after, strict=True)
+    ]
+    with (output_dir / "replies.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(reply, ensure_ascii=False) + "\n" for reply in replies)
+    report = write_report(output_dir)
+    print(side_by_side(replies[:SHOWN], shutil.get_terminal_size((110, 40)).columns))
+    print(summary_lines(replies, json.loads((output_dir / "summary.json").read_text(encoding="utf-8"))))
+    print(f"everything took {time.monotonic() - started:.0f} s\nreport: {report}")
+    return code
+
+
+def _clear_former_demo(output_dir: Path) -> None:
+    """Remove what an earlier demo left; another run's directory is left alone (training then refuses it)."""
+    former = output_dir / "config.yaml"
+    if former.is_file() and yaml.safe_load(former.read_text("utf-8")).get("run_name") == DEMO_NAME:
+        shutil.rmtree(output_dir)
+
+
+def demo_config(output_dir: Path, max_steps: int | None = None) -> TrainConfig:
+    """The training configuration of the demo: `assets/demo.yaml` and the paths of the assets."""
+    settings = yaml.safe_load((ASSETS / "demo.yaml").read_text(encoding="utf-8"))
+    (weights,) = ASSETS.glob("*.pth")
+    settings |= {
+        "model_name_or_path": str(weights),
+        "tokenizer_name_or_path": str(ASSETS / "tokenizer"),
+        "train_data": [str(ASSETS / "train.jsonl")],
+        "eval_data": [str(ASSETS / "heldout.jsonl")],
+        "output_dir": str(output_dir),
+        "run_name": DEMO_NAME,
+    }
+    return make_config(settings | ({} if max_steps is None else {"max_steps": max_steps}))
+
+
+def heldout_prompts() -> list[str]:
+    """The prompts of the held-out pairs, none of which any training has seen."""
+    lines = (ASSETS / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["chosen"][0]["content"] for line in lines]
+
+
+def speak(model_path: str, config: TrainConfig, prompts: list[str]) -> list[str]:
+    """The greedy replies of a stored model to the prompts."""
+    tokenizer = load_tokenizer(str(config.tokenizer_name_or_path))
+    return generate_replies(load_model(model_path), tokenizer, prompts)
+
+
+@torch.no_grad()
+def generate_replies(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    max_new_tokens: int = 32,
+    batch_size: int = 64,
+) -> list[str]:
+    """Greedy replies, one a prompt. Only prompts of equal token length share a batch, so nothing is padded."""
+    was_training = model.training
+    model.eval()
+    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
+    replies = [""] * len(prompts)
+    for length in sorted({len(ids) for ids in encoded}):
+        for indices in _chunks([i for i, ids in enumerate(encoded) if len(ids) == length], batch_size):
+            output: Any = model.generate(  # type: ignore[operator]
+                torch.tensor([encoded[i] for i in indices]),
+                attention_mask=torch.ones(len(indices), length, dtype=torch.long),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+            for index, row in zip(indices, output, strict=True):
+                replies[index] = str(tokenizer.decode(row[length:], skip_special_tokens=True)).strip()
+    model.train(was_training)
+    return replies
+
+
+def side_by_side(replies: Iterable[dict[str, Any]], width: int) -> str:
+    """Prompts with both replies next to each other, each in a column of half the terminal's width."""
+    half = max(width // 2 - 2, 30)
+    lines = []
+    for reply in replies:
+        columns = [
+            textwrap.wrap(f"{'✓' if reply[f'{when}_ok'] else '✗'} {when}: {reply[when]}", half - 2) or [""]
+            for when in ("before", "after")
+        ]
+        height = max(map(len, columns))
+        left, right = (column + [""] * (height - len(column)) for column in columns)
+        lines += ["", *textwrap.wrap(reply["prompt"], 2 * half + 2)]
+        lines += [f"  {a:<{half}}{b}".rstrip() for a, b in zip(left, right, strict=True)]
+    return "\n".join(lines)
+
+
+def summary_lines(replies: list[dict[str, Any]], summary: dict[str, Any]) -> str:
+    """The demo's two figures: replies that keep the rule, pairs that the model itself puts in the right order."""
+    right = [sum(reply[key] for reply in replies) / len(replies) for key in ("before_ok", "after_ok")]
+    before, after = (summary[key]["eval_logps/accuracies"] for key in ("eval_before", "eval_after"))
+    return (
+        f"\non {len(replies)} prompts it never trained on         before    after\n"
+        f"  replies right in content and manner    {right[0]:6.1%}   {right[1]:6.1%}\n"
+        f"  pairs whose chosen reply is likelier   {before:6.1%}   {after:6.1%}"
+    )
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    message = [{"role": "user", "content": prompt}]
+    text: Any = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
