@@ -1,10 +1,11 @@
 """Which settings learn without forgetting: one model, one set of pairs, one table row a setting.
 
-    python benchmarks/learning.py [--assets DIR] [--output_dir runs/learning] [--only NAME ...]
+    python benchmarks/learning.py [--assets DIR] [--pairs 640] [--output_dir runs/learning] [--only NAME ...]
 
-DIR holds what `scripts/make_demo.py` writes: `full_sft_*.pth`, `tokenizer/`, `train.jsonl` and `heldout.jsonl`
-(default: the embedded demo; `make_demo.py --hidden_size 512 --layers 8` makes MiniMind2-small's shape). Every run is
-the ordinary command over 640 pairs; the figures are of the 160 held-out pairs and of greedy replies to their prompts:
+DIR holds what `scripts/make_demo.py` writes: `full_sft_*.pth`, `tokenizer/` and `heldout.jsonl` (default: the embedded
+demo; `make_demo.py --hidden_size 512 --layers 8` makes MiniMind2-small's shape). Every run is the ordinary command, one
+epoch over freshly drawn pairs in steps of 4; the figures are of the 160 held-out pairs and of greedy replies to their
+prompts:
 
     loss       eval_loss
     accuracy   eval_rewards/accuracies
@@ -26,7 +27,7 @@ from pathlib import Path
 
 from minimind_dpo.data.tokenized import load_tokenizer
 from minimind_dpo.demo.run import ASSETS, generate_replies
-from minimind_dpo.demo.task import verdict
+from minimind_dpo.demo.task import preference_pairs, verdict
 from minimind_dpo.models.loading import load_model
 
 ORIGINAL = {"loss_type": "sigmoid_norm", "beta": 0.1, "learning_rate": 4e-8}
@@ -46,12 +47,12 @@ SETTINGS = {
 }
 
 
-def train(assets: Path, output_dir: Path, settings: dict[str, object]) -> dict[str, dict[str, float]]:
+def train(assets: Path, train_data: Path, output_dir: Path, settings: dict[str, object]) -> dict[str, dict[str, float]]:
     """Run the command unless `output_dir` holds the finished run already; its summary."""
     if not (output_dir / "summary.json").exists():
         (weights,) = assets.glob("*.pth")
         flags = {"model_name_or_path": weights, "tokenizer_name_or_path": assets / "tokenizer",
-                 "train_data": assets / "train.jsonl", "eval_data": assets / "heldout.jsonl", "max_length": 128,
+                 "train_data": train_data, "eval_data": assets / "heldout.jsonl", "max_length": 128,
                  "save_steps": 0, "output_dir": output_dir} | settings
         command = [sys.executable, "-m", "minimind_dpo.train"]
         subprocess.run([*command, *(word for name, value in flags.items() for word in (f"--{name}", str(value)))],
@@ -73,19 +74,23 @@ def main() -> None:
     """Print the table as markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", type=Path, default=ASSETS)
+    parser.add_argument("--pairs", type=int, default=640)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/learning"))
     parser.add_argument("--only", nargs="+", default=list(SETTINGS))
     options = parser.parse_args()
     print("| setting | loss | accuracy | margin | likelier | chosen | manner | content |")
     print("|---|---|---|---|---|---|---|---|")
     (start,) = options.assets.glob("*.pth")
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    train_data = options.output_dir / "train.jsonl"
+    train_data.write_text("".join(json.dumps(row) + "\n" for row in preference_pairs("train", options.pairs, seed=0)))
     for index, name in enumerate(["before", *options.only]):
         if index == 0:
             manner, content = replies_right(start, options.assets)
             print(f"| before | 0.6931 | | 0 | | 0 | {manner:.1%} | {content:.1%} |", flush=True)
             continue
         output_dir = options.output_dir / name.replace(" ", "_").replace(",", "")
-        summary = train(options.assets, output_dir, SETTINGS[name])
+        summary = train(options.assets, train_data, output_dir, SETTINGS[name])
         before, after = summary["eval_before"], summary["eval_after"]
         manner, content = replies_right(output_dir / "model", options.assets)
         print(f"| {name} | {after['eval_loss']:.4f} | {after['eval_rewards/accuracies']:.1%} "
