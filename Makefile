@@ -18,7 +18,7 @@ demo: $(STAMP)
 	$(BIN)/minimind-dpo demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest  # the models are tiny: threads would only wait for each other
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
