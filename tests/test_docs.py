@@ -62,11 +62,18 @@ def own_arguments(words: list[str]) -> tuple[list[str], list[str]] | None:
 
 @cache
 def flags_of(verb: str) -> frozenset[str]:
-    """Every flag that a verb's help names in its usage."""
+    """Every flag that a verb's help lists."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
         cli([*verb.split(), "--help"])
-    return frozenset(flags_in(out.getvalue().partition("\n\n")[0]))
+    return frozenset(re.findall(r"^  (?:-\w, )?(--\w+)", out.getvalue(), flags=re.M))
+
+
+@cache
+def script_flags() -> frozenset[str]:
+    """Every flag of the programs beside the package."""
+    sources = [*ROOT.glob("scripts/*.py"), *ROOT.glob("benchmarks/*.py")]
+    return frozenset(flag for path in sources for flag in re.findall(r'add_argument\(\s*"(--\w+)"', path.read_text()))
 
 
 def flags_in(text: str) -> list[str]:
@@ -104,7 +111,7 @@ def test_named_files_exist(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_flags_are_known(name: str) -> None:
-    known = frozenset().union(*map(flags_of, VERBS)) | MINIMIND_FLAGS | ACCELERATE_FLAGS | {"--help"}
+    known = frozenset().union(*map(flags_of, VERBS)) | MINIMIND_FLAGS | ACCELERATE_FLAGS | {"--help"} | script_flags()
     assert [flag for flag in flags_in((ROOT / name).read_text("utf-8")) if flag not in known] == []
 
 
