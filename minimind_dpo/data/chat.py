@@ -138,7 +138,7 @@ def mask_tokens(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) ->
 def shared_prefix_length(first: npt.ArrayLike, second: npt.ArrayLike) -> int:
     """Tokens that two sides share at their start, such that each keeps at least one token of its own."""
     left, right = np.asarray(first), np.asarray(second)
-    limit = min(len(left), len(right)) - 1
+    limit = max(min(len(left), len(right)) - 1, 0)
     differing = np.flatnonzero(left[:limit] != right[:limit])
     return int(differing[0]) if len(differing) else limit
 
