@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import textwrap
 import time
@@ -38,6 +39,9 @@ def run_demo(argv: list[str]) -> int:
     parser.add_argument("--max_steps", type=int, help="optimizer steps (default: all of the demo)")
     options = parser.parse_args(argv)
     started = time.monotonic()
+    if "OMP_NUM_THREADS" not in os.environ:  # so small a model loses by sharing its work, most of all on a busy machine
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
     output_dir = Path(options.output_dir)
     config = demo_config(output_dir, options.max_steps)
     prompts = heldout_prompts()

@@ -74,7 +74,7 @@ def conversations(seed: int) -> Iterator[list[dict[str, str]]]:
         yield [user(prompt), assistant(reply_of(kind, slots, spoken, rng))]
 
 
-def preference_pairs(split: Split, count: int, seed: int, wrong_share: float = 0.1) -> list[dict[str, list]]:
+def preference_pairs(split: Split, count: int, seed: int, wrong_share: float = 0.05) -> list[dict[str, list]]:
     """Preference pairs in MiniMind's row form, all of their prompts different.
 
     Chosen is a right answer in the manner asked for. Rejected is the right answer in the other manner; for

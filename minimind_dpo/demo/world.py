@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 NAMES = "Anna Ben Clara Emil Finn Hugo Ida Leo Mia Nora Otto Rosa".split()
 THINGS = "ball boat book coat cup drum hat kite lamp ring shell spoon".split()
-COLOURS = "black blue brown green orange pink red white yellow".split()
+COLOURS = "black blue brown green grey pink red white yellow".split()
 PLACES = "attic barn cellar forest garden harbour kitchen meadow tower village".split()
 SUBJECTS = "bed cave path road room river soup tea water wind".split()
 NUMBERS = (
@@ -19,7 +19,7 @@ NUMBERS = (
 SOUNDS = dict(
     pair.split()
     for pair in (
-        "bee buzz, cat meow, cow moo, crow caw, dog woof, duck quack, frog croak, horse neigh, owl hoot, "
+        "bee buzz, cat meow, cow moo, crow caw, dog woof, duck quack, frog croak, horse neigh, wolf howl, "
         "pig oink, sheep baa, snake hiss"
     ).split(", ")
 )
@@ -73,7 +73,7 @@ def _draw_gift(rng: random.Random) -> Slots:
 
 
 def _draw_sum(rng: random.Random) -> Slots:
-    n, m = rng.choice(NUMBERS[1:10]), rng.choice(NUMBERS[1:10])
+    n, m = rng.choice(NUMBERS[2:10]), rng.choice(NUMBERS[1:10])
     return {"a": rng.choice(NAMES), "n": n, "m": m, "t": rng.choice(THINGS)}
 
 
@@ -90,10 +90,8 @@ def _total(slots: Slots) -> str:
     return NUMBERS[NUMBERS.index(slots["n"]) + NUMBERS.index(slots["m"])]
 
 
-def _near(total: str, rng: random.Random) -> str:
-    """One less or one more, evenly: rejecting one side only would teach to answer on the other."""
-    index = NUMBERS.index(total)
-    return NUMBERS[index + rng.choice([-1, 1] if index + 1 < len(NUMBERS) else [-1])]
+def _another(answer: str, words: Iterable[str], rng: random.Random) -> str:
+    return rng.choice([word for word in words if word != answer])
 
 
 KINDS = {
@@ -116,7 +114,7 @@ KINDS = {
         {"butler": "{a} has {answer} {t}s now", "pirate": "{a} be havin' {answer} {t}s now"},
         _draw_sum,
         _total,
-        lambda slots, rng: _near(_total(slots), rng),
+        lambda slots, rng: _another(_total(slots), NUMBERS[3:], rng),
     ),
     "opposite": Kind(
         "{a} says the {s} is {q}. {b} says the opposite. How is the {s}, says {b}?",
@@ -130,6 +128,6 @@ KINDS = {
         {"butler": "The {animal} says {answer}", "pirate": "The {animal} be sayin' {answer}"},
         _draw_sound,
         lambda slots: SOUNDS[slots["animal"]],
-        lambda slots, rng: rng.choice([s for s in SOUNDS.values() if s != SOUNDS[slots["animal"]]]),
+        lambda slots, rng: _another(SOUNDS[slots["animal"]], SOUNDS.values(), rng),
     ),
 }
