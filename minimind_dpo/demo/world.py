@@ -91,6 +91,7 @@ def _total(slots: Slots) -> str:
 
 
 def _another(answer: str, words: Iterable[str], rng: random.Random) -> str:
+    """Any other word evenly: were it always one less, say, rejecting it would teach to answer one more."""
     return rng.choice([word for word in words if word != answer])
 
 
