@@ -44,6 +44,9 @@ SETTINGS = {
     "sum, 3e-5": SUMMED | {"learning_rate": 3e-5},
     "sum, 1e-4": SUMMED | {"learning_rate": 1e-4},
     "sum, 1e-3": SUMMED | {"learning_rate": 1e-3},
+    "sum, 1e-6, 4 epochs": SUMMED | {"learning_rate": 1e-6, "num_train_epochs": 4},
+    "sum, 2e-6, 4 epochs": SUMMED | {"learning_rate": 2e-6, "num_train_epochs": 4},
+    "sum, 5e-6, 4 epochs": SUMMED | {"learning_rate": 5e-6, "num_train_epochs": 4},
 }
 
 
@@ -74,10 +77,12 @@ def main() -> None:
     """Print the table as markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", type=Path, default=ASSETS)
-    parser.add_argument("--pairs", type=int, default=640)
+    parser.add_argument("--pairs", type=int, default=640, help="at most 4000: the demo's world is small")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/learning"))
     parser.add_argument("--only", nargs="+", default=list(SETTINGS))
     options = parser.parse_args()
+    if options.pairs > 4000:
+        parser.error("--pairs: the demo's world has no more than some 4000 different questions for training")
     print("| setting | loss | accuracy | margin | likelier | chosen | manner | content |")
     print("|---|---|---|---|---|---|---|---|")
     (start,) = options.assets.glob("*.pth")
