@@ -23,7 +23,7 @@ from minimind_dpo.config import TrainConfig, load_config
 from minimind_dpo.data.order import PairOrder, total_steps
 from minimind_dpo.data.tokenized import TokenizedData, load_tokenizer, tokenize_files
 from minimind_dpo.errors import EXIT_DONE, EXIT_STOPPED, StoppedEarly, UserError, exit_code
-from minimind_dpo.models.loading import load_model
+from minimind_dpo.models.loading import load_model, locate_model
 from minimind_dpo.reference import (
     CachedReference,
     LiveReference,
@@ -121,9 +121,9 @@ def _tokenizer_path(config: TrainConfig) -> str:
     """The tokenizer named, or the one that lies with the model (for a raw .pth: beside it, or in ../model)."""
     if config.tokenizer_name_or_path:
         return config.tokenizer_name_or_path
-    path = Path(config.model_name_or_path)
-    if path.suffix != ".pth":
-        return str(path / "model") if (path / "model").is_dir() else config.model_name_or_path
+    path = locate_model(config.model_name_or_path)
+    if path is None or path.suffix != ".pth":
+        return str(path or config.model_name_or_path)
     for candidate in (path.parent, path.parent.parent / "model"):
         if (candidate / "tokenizer.json").is_file():
             return str(candidate)

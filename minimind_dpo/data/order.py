@@ -54,8 +54,8 @@ class PairOrder:
 
     def step_pairs(self, step: int) -> np.ndarray:
         """Dataset positions [n] of optimizer step `step` (from 1), n <= global_batch."""
-        epoch, within = divmod(step - 1, self.steps_per_epoch)
-        order = _epoch_order(self.num_pairs, self.seed, epoch, self.shuffle)
+        within = (step - 1) % self.steps_per_epoch
+        order = _epoch_order(self.num_pairs, self.seed, self.epoch_of(step), self.shuffle)
         return order[within * self.global_batch : (within + 1) * self.global_batch]
 
     def pairs_seen(self, step: int) -> int:
