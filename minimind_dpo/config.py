@@ -17,7 +17,7 @@ COMPLETION_MASKS = ("all_assistant", "final_turn")
 BAD_ROW_POLICIES = ("auto", "fail", "drop")
 LOSS_TYPES = ("sigmoid", "sigmoid_norm", "robust", "hinge", "ipo")
 SMOOTHED_LOSS_TYPES = ("sigmoid", "sigmoid_norm", "robust")
-REFERENCES = ("auto", "live", "cache")
+REFERENCES = ("auto", "live", "offload", "cache", "adapter")
 LR_SCHEDULER_TYPES = (
     "minimind", "cosine", "cosine_with_min_lr", "linear", "constant", "constant_with_warmup",
 )
@@ -44,6 +44,11 @@ class TrainConfig:
     attn_implementation: str = _option(
         "pairs", "pairs: packed shared-prefix batches; sdpa, eager, ...: one padded row a side")
     gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass")
+    lora_r: int | None = _option(None, "rank of LoRA matrices; without it every weight is trained")
+    lora_alpha: float = _option(16, "LoRA's product is scaled by lora_alpha / lora_r")
+    lora_dropout: float = _option(0.0, "dropout before LoRA's matrices")
+    lora_target_modules: list[str] = field(default_factory=list, metadata={
+        "help": "ends of the names of the adapted layers (default: all linear layers but the output)"})
 
     train_data: list[str] = field(default_factory=list, metadata={
         "help": "preference pairs: .jsonl/.json/.parquet files or globs, a datasets directory, or a hub id"})
@@ -87,9 +92,9 @@ class TrainConfig:
 
 _FIELDS = {f.name: f for f in fields(TrainConfig)}
 _POSITIVE = ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "beta",
-             "logging_steps", "num_train_epochs", "eval_steps", "num_attention_heads")
+             "logging_steps", "num_train_epochs", "eval_steps", "num_attention_heads", "lora_r", "lora_alpha")
 _NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "save_steps", "save_total_limit", "warmup_ratio", "seed",
-                 "label_smoothing")
+                 "label_smoothing", "lora_dropout")
 _CHOICES = {
     "completion_mask": COMPLETION_MASKS, "on_bad_row": BAD_ROW_POLICIES, "loss_type": LOSS_TYPES,
     "reference": REFERENCES, "lr_scheduler_type": LR_SCHEDULER_TYPES, "report_to": TRACKERS,
@@ -194,7 +199,7 @@ def _convert(name: str, value: Any) -> Any:
     if kind == "list":
         items = value if isinstance(value, list) else [value]
         if not all(isinstance(item, str) for item in items):
-            raise ValueError(f"expected a path or a list of paths, found {value!r}")
+            raise ValueError(f"expected one text or a list of texts, found {value!r}")
         return items
     if kind == "str":
         if isinstance(value, bool):
@@ -242,6 +247,12 @@ def _check(config: TrainConfig, skip: set[str]) -> list[str]:
     if config.label_smoothing and config.loss_type in set(LOSS_TYPES) - set(SMOOTHED_LOSS_TYPES):
         problems.append(f"label_smoothing: has no meaning for loss_type {config.loss_type}; "
                         f"use one of {', '.join(SMOOTHED_LOSS_TYPES)} or remove it")
+    if "lora_dropout" in given and config.lora_dropout >= 1:
+        problems.append(f"lora_dropout: must be below 1, is {config.lora_dropout}")
+    if config.reference == "adapter" and config.lora_r is None and "lora_r" not in skip:
+        problems.append("reference: adapter is the policy without its LoRA matrices; set lora_r too")
+    if config.reference == "adapter" and config.ref_model_name_or_path is not None:
+        problems.append("reference: adapter is the policy's own start; remove ref_model_name_or_path")
     if "warmup_ratio" in given and config.warmup_ratio > 1:
         problems.append(f"warmup_ratio: must be at most 1, is {config.warmup_ratio}")
     if config.lr_scheduler_type == "minimind" and config.warmup_ratio:

@@ -27,9 +27,9 @@ def score_batch(
         losses [B] weighted preference losses, aux_losses [B] router losses, and the sums of
         `training/metrics.py`.
     """
+    ref_logps = sum_per_side(reference.per_token_logps(batch), batch)  # first: its activations are gone by then
     scores = scorer(batch)
     policy_logps = sum_per_side(scores.per_token_logps, batch)
-    ref_logps = sum_per_side(reference.per_token_logps(batch), batch)
     losses = batch.weights * dpo_losses(
         *policy_logps, *ref_logps, chosen_tokens=batch.chosen_tokens, rejected_tokens=batch.rejected_tokens,
         loss_type=config.loss_type, beta=config.beta, label_smoothing=config.label_smoothing)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -15,13 +16,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from minimind_dpo.data.batch import PairBatch, pair_key
 from minimind_dpo.data.cache import cache_root
-from minimind_dpo.errors import StoppedEarly
+from minimind_dpo.engine import whole
+from minimind_dpo.errors import StoppedEarly, UserError
 from minimind_dpo.scoring import PairLayout, PairScorer
 
 logger = logging.getLogger(__name__)
@@ -41,10 +43,10 @@ class Reference(Protocol):
 
 
 class LiveReference:
-    """A frozen model that scores every batch beside the policy."""
+    """A frozen model that scores every batch beside the policy, made ready by `engine.freeze`."""
 
-    def __init__(self, scorer: PairScorer, autocast: Autocast):
-        self.scorer = scorer.eval().requires_grad_(False)
+    def __init__(self, scorer: nn.Module, autocast: Autocast):
+        self.scorer = scorer
         self.autocast = autocast
 
     @torch.no_grad()
@@ -54,17 +56,44 @@ class LiveReference:
             return self.scorer(batch).per_token_logps
 
 
-def reference_digest(model: PreTrainedModel) -> str:
-    """sha256 of a model's configuration and weights (names, types, shapes, bytes), whatever path they came from."""
+class AdapterReference:
+    """The policy itself with its adapters switched off."""
+
+    def __init__(self, scorer: PairScorer, autocast: Autocast):
+        self.scorer = scorer
+        self.autocast = autocast
+
+    @torch.no_grad()
+    def per_token_logps(self, batch: PairBatch) -> Tensor:
+        """Score the batch with the policy's base model."""
+        training = self.scorer.training
+        self.scorer.eval()
+        self.scorer.model.disable_adapters()
+        try:
+            with self.autocast():
+                return self.scorer(batch).per_token_logps
+        finally:
+            self.scorer.model.enable_adapters()
+            self.scorer.train(training)
+
+
+def reference_digest(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
+    """sha256 of a model's configuration and weights (names, types, shapes, bytes), whatever path they came from.
+
+    Args:
+        model: whole or sharded; if sharded, every rank must call this.
+        dtype: the type that the engine rounds all weights to before it computes with them, if it does.
+    """
     digest = hashlib.sha256()
     config = model.config.to_diff_dict()
     for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"):
         config.pop(volatile, None)
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        with whole([tensor]):
+            values = tensor.detach().to(dtype or tensor.dtype).cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+        digest.update(values.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -159,58 +188,87 @@ class CachedReference:
 
     def per_token_logps(self, batch: PairBatch) -> Tensor:
         """Look the batch's pairs up."""
-        logps = np.concatenate([self.cache.get(key) for key in batch.keys])
+        try:
+            logps = np.concatenate([self.cache.get(key) for key in batch.keys])
+        except KeyError as error:
+            raise UserError(
+                f"reference cache: {self.cache.directory} lacks pair {error}, although it was filled. Was a file of "
+                "it removed? On several nodes MINIMIND_DPO_CACHE must name a directory that all of them share"
+            ) from None
         return torch.from_numpy(logps).to(batch.input_ids.device)
 
 
-@torch.no_grad()
-def fill_chunk(
-    cache: ReferenceCache, scorer: PairScorer, layout: PairLayout, rows: Sequence[dict[str, Any]], *,
-    batch_size: int, device: torch.device, autocast: Autocast,
-) -> bool:
-    """Score one chunk into the cache unless every pair of it is there already; whether it was scored."""
-    keys = [pair_key(row) for row in rows]
-    if all(key in cache for key in keys):
-        return False
-    logps: list[np.ndarray] = []
-    for start in range(0, len(rows), batch_size):
-        batch = layout(rows[start : start + batch_size]).to(device)
-        with autocast():
-            per_token_logps = scorer(batch).per_token_logps.float().cpu()
-        sides = [part.numpy() for part in per_token_logps.split(batch.side_sizes)]
-        logps += [np.concatenate(pair) for pair in zip(sides[::2], sides[1::2], strict=True)]
-    cache.write_chunk(keys, logps)
-    return True
+class CacheFiller:
+    """Scores pairs into a cache, chunks dealt out to the ranks in turn.
+
+    Args:
+        cache: to fill.
+        scorer: of the reference, ready for forward passes.
+        layout: of its batches.
+        accelerator: of the run.
+        batch_size: pairs a forward pass.
+        together: a forward pass needs all ranks; those with nothing left to score then repeat a batch.
+    """
+
+    def __init__(self, cache: ReferenceCache, scorer: nn.Module, layout: PairLayout, accelerator: Accelerator,
+                 batch_size: int, together: bool):
+        self.cache, self.scorer, self.layout = cache, scorer, layout
+        self.accelerator, self.batch_size, self.together = accelerator, batch_size, together
+
+    @torch.no_grad()
+    def fill(self, needed: Sequence[tuple[Any, Sequence[int]]], stop: Callable[[], bool]) -> None:
+        """Score what the cache lacks; every rank must call it.
+
+        Args:
+            needed: tokenised datasets with the positions that will be looked up.
+            stop: asked before each chunk whether to end early.
+
+        Raises:
+            StoppedEarly: `stop` said so on any rank; finished chunks are kept.
+        """
+        world_size, rank = self.accelerator.num_processes, self.accelerator.process_index
+        chunks = [chunk for dataset, positions in needed for chunk in _chunks(dataset, positions)]
+        rounds = tqdm(range(0, len(chunks), world_size), desc="reference log-probabilities", unit="chunk",
+                      unit_scale=world_size, disable=not self.accelerator.is_main_process)
+        stopped = False
+        for first in rounds:
+            if stopped := self._any(stop()) if self.together else stop():
+                break
+            rows, complete = [], True
+            if first + rank < len(chunks):
+                dataset, positions = chunks[first + rank]
+                rows = [dataset[int(position)] for position in positions]
+                complete = all(pair_key(row) in self.cache for row in rows)
+            if self.together and self._any(not complete):
+                dataset, positions = chunks[first]
+                self._score(rows or [dataset[int(positions[0])]], math.ceil(_CHUNK_PAIRS / self.batch_size),
+                            keep=not complete)
+            elif not complete:
+                self._score(rows, 0, keep=True)
+        if self._any(stopped):
+            raise StoppedEarly("while computing reference log-probabilities")
+        self.cache.refresh()
+
+    def _any(self, flag: bool) -> bool:
+        count = self.accelerator.reduce(torch.tensor(int(flag), device=self.accelerator.device), "sum")
+        return bool(count > 0)
+
+    def _score(self, rows: list[dict[str, Any]], passes: int, keep: bool) -> None:
+        """Score one chunk, in at least `passes` forward passes, and write it to the cache if it is to be kept."""
+        logps: list[np.ndarray] = []
+        starts = list(range(0, len(rows), self.batch_size))
+        for index in range(max(len(starts), passes)):
+            start = starts[min(index, len(starts) - 1)]
+            batch = self.layout(rows[start : start + self.batch_size]).to(self.accelerator.device)
+            with self.accelerator.autocast():
+                per_token_logps = self.scorer(batch).per_token_logps.float().cpu()
+            if index < len(starts):
+                sides = [part.numpy() for part in per_token_logps.split(batch.side_sizes)]
+                logps += [np.concatenate(pair) for pair in zip(sides[::2], sides[1::2], strict=True)]
+        if keep:
+            self.cache.write_chunk([pair_key(row) for row in rows], logps)
 
 
 def _chunks(dataset: Any, positions: Sequence[int]) -> list[tuple[Any, Sequence[int]]]:
     """Chunks of fixed size of the pairs at `positions`: the dataset and the positions in it, nothing read yet."""
     return [(dataset, positions[start : start + _CHUNK_PAIRS]) for start in range(0, len(positions), _CHUNK_PAIRS)]
-
-
-def fill_cache(
-    cache: ReferenceCache, accelerator: Accelerator, scorer: PairScorer, layout: PairLayout,
-    needed: Sequence[tuple[Any, Sequence[int]]], batch_size: int, stop: Callable[[], bool],
-) -> None:
-    """Score what the cache lacks, chunks dealt out to the ranks in turn; every rank must call it.
-
-    Args:
-        needed: tokenised datasets with the positions that will be looked up.
-        stop: asked before each chunk whether to end early.
-
-    Raises:
-        StoppedEarly: `stop` said so on any rank; finished chunks are kept.
-    """
-    chunks = [chunk for dataset, positions in needed for chunk in _chunks(dataset, positions)]
-    progress = tqdm(chunks, desc="reference log-probabilities", unit="chunk",
-                    disable=not accelerator.is_main_process)
-    for index, (dataset, positions) in enumerate(progress):
-        if stop():
-            break
-        if index % accelerator.num_processes == accelerator.process_index:
-            rows = [dataset[int(position)] for position in positions]
-            fill_chunk(cache, scorer, layout, rows, batch_size=batch_size, device=accelerator.device,
-                       autocast=accelerator.autocast)
-    if accelerator.reduce(torch.tensor(int(stop()), device=accelerator.device), "sum") > 0:
-        raise StoppedEarly("while computing reference log-probabilities")
-    cache.refresh()

@@ -77,7 +77,7 @@ def sum_per_side(per_token_logps: Tensor, batch: PairBatch) -> tuple[Tensor, Ten
     return sums[:, 0], sums[:, 1]
 
 
-def choose_layout(model: PreTrainedModel, attn_implementation: str) -> PairLayout:
+def choose_layout(scorer: PairScorer, attn_implementation: str, device: torch.device) -> PairLayout:
     """Decide between the packed and the plain layout, and set the model's attention accordingly.
 
     `pairs` takes the packed layout where a probe pair scores the same in both layouts. A model that fails it
@@ -85,30 +85,32 @@ def choose_layout(model: PreTrainedModel, attn_implementation: str) -> PairLayou
     """
     if attn_implementation != "pairs":
         return pad_pairs
-    if _packs(model):
+    if _packs(scorer, device):
         return pack_pairs
-    logger.warning("%s cannot attend over packed pairs: each side gets a padded row of its own", type(model).__name__)
+    logger.warning("%s cannot attend over packed pairs: each side gets a padded row of its own",
+                   type(scorer.model).__name__)
     return pad_pairs
 
 
 @torch.no_grad()
-def _packs(model: PreTrainedModel) -> bool:
-    """Switch `model` to pair attention if two small made-up pairs then score as its own attention scores them plain."""
+def _packs(scorer: PairScorer, device: torch.device) -> bool:
+    """Switch to pair attention if two small made-up pairs then score as the model's own attention scores them plain."""
+    model = scorer.model
     vocabulary = embedding_rows(model)
     tokens = [(7 * i * i + 3 * i + 1) % vocabulary for i in range(24)]
     rows = [_probe_row(tokens[:6], tokens[6:10], tokens[10:15]), _probe_row(tokens[15:18], tokens[18:21], tokens[21:])]
-    original, training = model.config._attn_implementation, model.training
-    scorer = PairScorer(model).eval()
+    original, training = model.config._attn_implementation, scorer.training
+    scorer.eval()
     try:
-        plain = scorer(pad_pairs(rows).to(model.device)).per_token_logps
+        plain = scorer(pad_pairs(rows).to(device)).per_token_logps
         if use_pair_attention(model):
-            packed = scorer(pack_pairs(rows).to(model.device)).per_token_logps
+            packed = scorer(pack_pairs(rows).to(device)).per_token_logps
             if torch.allclose(packed, plain, rtol=1e-3, atol=1e-3 if model.dtype == torch.float32 else 0.1):
                 return True
     except (TypeError, ValueError, NotImplementedError, RuntimeError, IndexError) as error:
         logger.info("packed probe failed: %s", error)
     finally:
-        model.train(training)
+        scorer.train(training)
     model.set_attn_implementation(original)
     return False
 

@@ -89,7 +89,7 @@ def test_packed_equals_plain(kind: str, lengths: list[tuple[int, int, int]], mas
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_probe_accepts_these_models(kind: str) -> None:
-    assert choose_layout(tiny_model(kind), "pairs") is pack_pairs
+    assert choose_layout(PairScorer(tiny_model(kind)), "pairs", torch.device("cpu")) is pack_pairs
 
 
 def test_recurrent_model_falls_back_to_the_plain_layout(caplog: pytest.LogCaptureFixture) -> None:
@@ -97,7 +97,7 @@ def test_recurrent_model_falls_back_to_the_plain_layout(caplog: pytest.LogCaptur
 
     torch.manual_seed(0)
     model = MambaForCausalLM(MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, state_size=4))
-    assert choose_layout(model, "pairs") is pad_pairs
+    assert choose_layout(PairScorer(model), "pairs", torch.device("cpu")) is pad_pairs
     assert "cannot attend over packed pairs" in caplog.text
 
 

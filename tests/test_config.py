@@ -48,7 +48,7 @@ def test_every_problem_at_once(tmp_path: Path) -> None:
     ({"warmup_ratio": 0.1}, "lr_scheduler_type minimind has no warmup"),
     ({"eval_steps": 5}, "eval_steps: needs eval_data"),
     ({"seed": True}, "seed: expected a number, found true"),
-    ({"train_data": [1]}, "train_data: expected a path"),
+    ({"train_data": [1]}, "train_data: expected one text"),
     ({"beta": None}, "beta: is empty"),
 ])
 def test_wrong_values(values: dict[str, object], part: str) -> None:

@@ -215,11 +215,12 @@ def test_damaged_checkpoint_is_passed_over(inputs: Inputs, tmp_path: Path) -> No
     train_here(inputs.flags(tmp_path / "whole", **options))
     flags = inputs.flags(tmp_path / "damaged", **options)
     train_here(flags)
-    newest = tmp_path / "damaged" / "checkpoints" / "step-000006" / "optimizer.bin"
+    newest = tmp_path / "damaged" / "checkpoints" / "step-000006" / "state-00000-00000.safetensors"
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
     newest.write_bytes(data)
-    assert checkpoint_problem(newest.parent) == "optimizer.bin is damaged (its sha256 differs from manifest.json)"
+    assert checkpoint_problem(newest.parent) == (
+        "state-00000-00000.safetensors is damaged (its sha256 differs from manifest.json)")
     train_here(flags)
     assert same_bits(tmp_path / "damaged", tmp_path / "whole")
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.modeling_utils import local_torch_dtype
 
+from ..engine import local_values, whole
 from ..errors import UserError
 from .weights import (
     EMBEDDING_KEYS,
@@ -203,17 +203,16 @@ def _load_raw(
     _apply_overrides(config, overrides, str(path))
     model_class = MODEL_CLASSES[layout.generation, layout.is_moe][1]
     try:
-        with no_init_weights(), local_torch_dtype(config.dtype, model_class.__name__):
-            model = model_class(config)
+        with no_init_weights():
+            model = model_class._from_config(config, dtype=config.dtype)
     except (ValueError, ImportError) as error:
         raise UserError(f"{path}: {error}") from error
     model.tie_weights()
     # Every parameter is written once, in place: no second copy of the model, whatever the file's dtype.
-    targets = minimind_view(model.state_dict())
-    for key, tensor in state.items():
-        targets.pop(key).copy_(tensor)
-    if targets:
-        raise RuntimeError(f"weights left without a value: {sorted(targets)}")
+    for name, parameter in model.state_dict(keep_vars=True).items():
+        with torch.no_grad(), whole([parameter], modify=True):
+            for key, target in minimind_view({name: parameter}).items():
+                target.copy_(state[key])
     model.generation_config.pad_token_id = 0
     return model
 
@@ -236,7 +235,8 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def _check_finite(model: PreTrainedModel, source: str) -> None:
     """Refuse weights that are infinite or not a number."""
-    tensors = [(key, tensor) for key, tensor in model.state_dict().items() if tensor.is_floating_point()]
-    bad = [key for key, tensor in tensors if tensor.numel() and not _is_finite(tensor)]
+    tensors = [(key, local_values(tensor)) for key, tensor in model.state_dict(keep_vars=True).items()
+               if tensor.is_floating_point()]
+    bad = [key for key, tensor in tensors if tensor.numel() and not _is_finite(tensor.detach())]
     if bad:
         raise UserError(f"{source}: weights that are infinite or not a number: {summarize(bad)}")

@@ -13,18 +13,23 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from minimind_dpo.errors import UserError
+from minimind_dpo.fragments import TrainedState
+from minimind_dpo.training.shards import FragmentReader, write_fragments
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
+NUMBERS = "optimizer.json"
 
 
 @dataclass
@@ -46,22 +51,46 @@ class TrainerState:
     tracker_run_id: str | None = None
 
 
-def save_checkpoint(accelerator: Accelerator, directory: Path, state: TrainerState, keep: int) -> Path:
-    """Write `directory`/step-N; every rank must call it.
+def save_checkpoint(
+    accelerator: Accelerator, directory: Path, state: TrainerState, keep: int, trained: TrainedState,
+    describe_model: Callable[[Path], None],
+) -> Path:
+    """Write `directory`/step-N; every rank must call it, and sees the same file system.
 
     Older checkpoints are deleted only once the new one is in place, down to `keep` (0 keeps all).
+
+    Args:
+        accelerator: of the run.
+        directory: of the run's checkpoints.
+        state: of the run at this step.
+        keep: how many checkpoints to keep.
+        trained: weights and optimizer.
+        describe_model: writes what a model directory holds beside the weights (configuration, tokenizer).
+
+    Raises:
+        UserError: the directory that the main process made is not there for another rank.
     """
     final = directory / f"step-{state.step:06d}"
     partial = directory / f".step-{state.step:06d}.partial"
+    own_files: list[Path] = []
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+        describe_model(partial)
         (partial / STATE).write_text(json.dumps(dataclasses.asdict(state), indent=1), "utf-8")
-        _write_manifest(partial)
+        (partial / NUMBERS).write_text(json.dumps(trained.numbers(), indent=1), "utf-8")
+        own_files = sorted(path for path in partial.rglob("*") if path.is_file())
+    accelerator.wait_for_everyone()
+    if not partial.is_dir():
+        raise UserError(f"rank {accelerator.process_index} does not see {partial}, which rank 0 has just made: "
+                        "output_dir must lie on a file system that all nodes share")
+    own_files += write_fragments(partial, accelerator.process_index, trained.own())
+    entries = gather_object([_entries(partial, own_files)])
+    if accelerator.is_main_process:
+        files = {name: entry for part in entries for name, entry in part.items()}
+        (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=1), "utf-8")
+        _sync(partial / MANIFEST)
+        _sync(partial)
         if final.exists():  # this step again, after a resume from an older checkpoint
             _discard(final)
         os.replace(partial, final)
@@ -71,9 +100,22 @@ def save_checkpoint(accelerator: Accelerator, directory: Path, state: TrainerSta
     return final
 
 
-def load_checkpoint(accelerator: Accelerator, path: Path) -> TrainerState:
-    """Restore every rank from a validated checkpoint and return its trainer state."""
-    accelerator.load_state(str(path))
+def load_checkpoint(path: Path, trained: TrainedState) -> TrainerState:
+    """Restore this rank's part of a validated checkpoint, whatever engine and number of ranks wrote it.
+
+    Raises:
+        UserError: it holds another model.
+    """
+    reader = FragmentReader(path)
+    try:
+        for fragment in trained.held():
+            if reader.shapes[fragment.name] != fragment.shape:
+                raise KeyError(f"{fragment.name} is {reader.shapes[fragment.name]} there, {fragment.shape} here")
+            reader.fill(fragment)
+    except KeyError as error:
+        raise UserError(f"{path} does not fit the model: {error.args[0]}. Use the run's own model and LoRA "
+                        "settings, or another output_dir") from None
+    trained.restore_numbers(json.loads((path / NUMBERS).read_text("utf-8")))
     return read_state(path)
 
 
@@ -142,14 +184,12 @@ def checkpoint_problem(path: Path) -> str | None:
     return None
 
 
-def _write_manifest(directory: Path) -> None:
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    entries = {str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": _sha256(path)}
-               for path in files}
-    (directory / MANIFEST).write_text(json.dumps({"files": entries}, indent=1), "utf-8")
-    for path in [*files, directory / MANIFEST]:
+def _entries(directory: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Size and digest of files, which are on the disk when this returns."""
+    for path in files:
         _sync(path)
-    _sync(directory)
+    return {str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": _sha256(path)}
+            for path in files}
 
 
 def _sha256(path: Path) -> str:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from minimind_dpo.config import TrainConfig
 from minimind_dpo.data.batch import PairBatch
 from minimind_dpo.data.order import MicroBatch, PairOrder, split_step
 from minimind_dpo.data.tokenized import TokenizedData
+from minimind_dpo.engine import accumulate, apply_gradients, backward, can_skip_steps, trained_state, unwrap
 from minimind_dpo.errors import StoppedEarly, TrainingError
 from minimind_dpo.evaluation import evaluate, score_batch
+from minimind_dpo.models.saving import describe_adapter, describe_model
 from minimind_dpo.reference import Reference
 from minimind_dpo.scoring import PairLayout
 from minimind_dpo.training.checkpoint import TrainerState, save_checkpoint
-from minimind_dpo.training.engine import accumulate, apply_gradients, backward, can_skip_steps
 from minimind_dpo.training.metrics import MetricsFile, empty_sums, metrics_of, peak_memory_gib, tokens_of
 from minimind_dpo.training.schedule import learning_rate_schedule
 from minimind_dpo.training.signals import StopRequest
@@ -39,7 +41,7 @@ Batches = Iterator[tuple[PairBatch, bool]]
 class Run:
     """What a training run is made of.
 
-    `scorer` and `optimizer` are prepared by the accelerator; `metrics` is None but on the main process.
+    `scorer` and `optimizer` are prepared by the engine; `metrics` is None but on the main process.
     """
 
     config: TrainConfig
@@ -54,6 +56,7 @@ class Run:
     metrics: MetricsFile | None
     state: TrainerState
     stop: StopRequest
+    tokenizer: Any
 
     @property
     def output_dir(self) -> Path:
@@ -108,13 +111,22 @@ def train(run: Run) -> None:
             clock.store(state)
             if run.metrics is not None:
                 run.metrics.sync()
-            save_checkpoint(accelerator, run.checkpoints, state, config.save_total_limit)
+            save_checkpoint(accelerator, run.checkpoints, state, config.save_total_limit,
+                            trained_state(accelerator, run.scorer, run.optimizer), partial(_describe, run))
             clock.restart()
         if stopped and step < state.total_steps:
             progress.close()
             raise StoppedEarly(f"after step {step} of {state.total_steps}")
     clock.store(state)
     progress.close()
+
+
+def _describe(run: Run, directory: Path) -> None:
+    """Write what tells of a checkpoint's model beside its tensors."""
+    policy = unwrap(run.scorer).model
+    describe_model(policy, directory)
+    describe_adapter(policy, directory)
+    run.tokenizer.save_pretrained(directory)
 
 
 def _due(every: int | None, step: int) -> bool:
@@ -144,6 +156,7 @@ def _optimizer_step(run: Run, step: int, batches: Batches) -> tuple[list[float],
         The metric sums over all ranks, the gradient norm before clipping, and whether any rank must stop.
     """
     accelerator = run.accelerator
+    _seed(run, step)
     micro_batches = len(run.micro_batches(step))
     scale = accelerator.num_processes / len(run.order.step_pairs(step))
     sums = empty_sums(accelerator.device)
@@ -162,6 +175,11 @@ def _optimizer_step(run: Run, step: int, batches: Batches) -> tuple[list[float],
     if not can_skip_steps(accelerator):
         _check_finite(run, step, "gradient norm", [grad_norm])
     return totals, grad_norm, stops > 0
+
+
+def _seed(run: Run, step: int) -> None:
+    """Draw dropout from (seed, step, rank), so that a resumed run draws what it would have drawn."""
+    torch.manual_seed(hash((run.config.seed, step, run.accelerator.process_index)))
 
 
 def _check_finite(run: Run, step: int, what: str, values: list[float]) -> None:

@@ -7,15 +7,18 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from minimind_dpo.config import TrainConfig, save_config
+from minimind_dpo.engine import unwrap
 from minimind_dpo.errors import UserError
+from minimind_dpo.models.adapters import has_adapters
+from minimind_dpo.models.saving import save_adapter, save_model
 from minimind_dpo.report import write_report
 from minimind_dpo.training.checkpoint import TrainerState
 from minimind_dpo.training.loop import Run
@@ -56,20 +59,20 @@ def _start_wandb(config: TrainConfig, accelerator: Accelerator, state: TrainerSt
         state.tracker_run_id = accelerator.get_tracker("wandb", unwrap=True).id
 
 
-def finish_run(run: Run, tokenizer: Any) -> None:
-    """Write model/, summary.json and report.html."""
+def finish_run(run: Run) -> None:
+    """Write model/ (with LoRA also adapter/), summary.json and report.html."""
     accelerator, directory, state = run.accelerator, run.output_dir, run.state
-    policy = accelerator.unwrap_model(run.scorer).model
-    weights = _policy_weights(run, policy)
+    policy = unwrap(run.scorer).model
     peak = peak_memory_gib(accelerator)
+    if has_adapters(policy):
+        with _replacing(accelerator, directory / "adapter") as adapter:
+            save_adapter(policy, adapter)
+    with _replacing(accelerator, directory / "model") as model:
+        save_model(policy, model)
+        if model is not None:
+            run.tokenizer.save_pretrained(model)
     if accelerator.is_main_process:
         assert run.metrics is not None
-        partial, final = directory / ".model.partial", directory / "model"
-        shutil.rmtree(partial, ignore_errors=True)
-        policy.save_pretrained(partial, state_dict=weights)
-        tokenizer.save_pretrained(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
         pairs = run.order.pairs_seen(state.step)
         summary = {"steps": state.step, "pairs_seen": pairs, "seconds": state.seconds,
                    "pairs_per_second": pairs / max(state.seconds, 1e-9), "peak_memory_gib": peak,
@@ -80,22 +83,26 @@ def finish_run(run: Run, tokenizer: Any) -> None:
         _write(directory / "summary.json", json.dumps(summary, indent=1))
         report = write_report(directory)
         logger.info("done: %d steps, %d pairs, %.1f s; model in %s, report in %s",
-                    state.step, pairs, state.seconds, final, report)
+                    state.step, pairs, state.seconds, directory / "model", report)
     accelerator.wait_for_everyone()
 
 
-def _policy_weights(run: Run, policy: PreTrainedModel) -> dict[str, Tensor]:
-    """The policy's weights on the main process, a tied one under its first name only."""
-    tied = {name for name, _ in policy.named_parameters(remove_duplicate=False)} - {
-        name for name, _ in policy.named_parameters()}
-    state = run.accelerator.get_state_dict(run.scorer) or {}
-    return {name.removeprefix("model."): tensor for name, tensor in state.items()
-            if name.removeprefix("model.") not in tied}
+@contextmanager
+def _replacing(accelerator: Accelerator, final: Path) -> Iterator[Path | None]:
+    """A directory that takes the place of `final` once it is written; None on all but the main process."""
+    if not accelerator.is_main_process:
+        yield None
+        return
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    yield partial
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
 
 
 def _eval_metrics(line: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in line.items() if name.startswith("eval_")}
-
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,0 +1,242 @@
+"""Everything that depends on how the run was launched: one process, DDP or DeepSpeed, and on what the device is.
+
+The one module that may ask which engine drives the model; everything after it is the same for all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs, cpu_offload
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from minimind_dpo import zero
+from minimind_dpo.config import TrainConfig
+from minimind_dpo.errors import UserError
+from minimind_dpo.fragments import TrainedState
+from minimind_dpo.zero import full_shape, local_values, whole
+
+__all__ = ["full_shape", "local_values", "whole"]  # what is true of any engine: without ZeRO they leave things be
+
+# DeepSpeed's name of what the training configuration says, and its name there
+_SAID_ELSEWHERE = {
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+    "train_batch_size": "per_device_train_batch_size, gradient_accumulation_steps and the number of processes",
+    "optimizer": "learning_rate and weight_decay",
+    "scheduler": "lr_scheduler_type",
+}
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """The Accelerator that the launcher's environment asks for.
+
+    Without an accelerator device, accelerate has to be told that ranks started by torchrun exchange over gloo:
+    left to itself each would believe it is alone. DeepSpeed must not hear of `use_cpu`, which switches it off.
+
+    Raises:
+        UserError: accelerate, DeepSpeed and the training configuration contradict each other.
+    """
+    handlers = []
+    on_cpu = not torch.accelerator.is_available()
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out itself
+    # DeepSpeed compiles its kernels at first use and looks for ninja in PATH, which a .venv may not be in
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
+            os.environ["ACCELERATE_USE_CPU"] = "true"
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not on_cpu and local_ranks > torch.accelerator.device_count():
+        raise UserError(f"the launcher starts {local_ranks} processes on this machine, which has "
+                        f"{torch.accelerator.device_count()} GPU(s): add --num_processes to `accelerate launch`")
+    trackers = None if config.report_to == "none" else config.report_to
+    try:
+        accelerator = Accelerator(kwargs_handlers=handlers, log_with=trackers, project_dir=config.output_dir)
+    except ValueError as error:
+        raise UserError(f"accelerate's configuration ({_deepspeed_file()}): {error}") from None
+    if accelerator.device.type == "cpu":
+        torch.set_num_threads(_cpu_threads(accelerator))
+    if (plugin := accelerator.state.deepspeed_plugin) is not None:
+        _check_deepspeed(plugin.deepspeed_config, config)
+        # said in the training configuration; the loop itself counts micro-batches
+        plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": config.per_device_train_batch_size, "gradient_accumulation_steps": 1,
+            "gradient_clipping": config.max_grad_norm}
+    return accelerator
+
+
+def _deepspeed_file() -> str:
+    return os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "no DeepSpeed file")
+
+
+def _check_deepspeed(settings: dict[str, Any], config: TrainConfig) -> None:
+    """Refuse what the DeepSpeed file says differently from the training configuration, all of it at once."""
+    problems = []
+    for key, names in _SAID_ELSEWHERE.items():
+        said, ours = settings.get(key, "auto"), getattr(config, names, None)
+        # accelerate itself fills in an accumulation of 1 where the file is silent
+        if said not in ("auto", ours) and (key, said) != ("gradient_accumulation_steps", 1):
+            problems.append(f"{key}: {said if ours is not None else 'is set'}, but the training configuration decides "
+                            f"this: {names}" + ("" if ours is None else f" is {ours}") + ". Remove it from this file")
+    zero_settings = settings["zero_optimization"]
+    for part in ("offload_optimizer", "offload_param"):
+        if zero_settings.get(part, {}).get("device") == "nvme":
+            problems.append(f"zero_optimization.{part}.device: nvme is not supported; use cpu")
+    if problems:
+        raise UserError(f"{_deepspeed_file()}:\n  " + "\n  ".join(problems))
+
+
+def _cpu_threads(accelerator: Accelerator) -> int:
+    """The user's OMP_NUM_THREADS, or the machine's cores shared by its ranks.
+
+    `accelerate launch` sets OMP_NUM_THREADS=1 whenever the user said nothing, which would idle the other cores.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if asked and not (launched and asked == "1"):
+        return torch.get_num_threads()
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    return max(1, len(os.sched_getaffinity(0)) // local_ranks)
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether no rank holds the whole policy (stage 3): each forward pass then needs all ranks together."""
+    plugin = accelerator.state.deepspeed_plugin
+    return plugin is not None and plugin.zero_stage == 3
+
+
+def scoring_dtype(accelerator: Accelerator) -> torch.dtype | None:
+    """The type DeepSpeed rounds all weights to; None where they stay as loaded and autocast rounds what they meet."""
+    if accelerator.state.deepspeed_plugin is None:
+        return None
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+
+
+def on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
+    """What `function` returns on the main process, or the UserError it raises there, on every rank."""
+    outcome: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [function()]
+        except UserError as error:
+            outcome = [error]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
+    """AdamW with betas (0.9, 0.999), fused, decay on every trainable parameter as in MiniMind."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True)
+
+
+def prepare(accelerator: Accelerator, scorer: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+    """Hand the policy and its optimizer to the engine."""
+    if is_sharded(accelerator):
+        zero.mark_expert_blocks(scorer)
+    return accelerator.prepare(scorer, optimizer)
+
+
+def loading_reference(accelerator: Accelerator, offload: bool) -> AbstractContextManager[None]:
+    """Around loading the reference: beside a sharded policy it is sharded from its first weight on."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None or not is_sharded(accelerator):
+        return contextlib.nullcontext()
+    return zero.loading(plugin, zero.frozen_config(plugin.deepspeed_config, offload))
+
+
+def freeze(accelerator: Accelerator, scorer: nn.Module, offload: bool) -> nn.Module:
+    """Make a frozen scorer ready for forward passes beside the policy.
+
+    It lies whole on the device, but beside a sharded policy it is sharded too, and with `offload` it stays in CPU
+    memory and streams through the device layer by layer: under DeepSpeed each rank keeps its share of it and layers
+    are gathered, else each rank has all of it.
+    """
+    scorer.eval().requires_grad_(False)
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None and (offload or is_sharded(accelerator)):
+        return zero.frozen_engine(scorer, zero.frozen_config(plugin.deepspeed_config, offload))
+    if offload:
+        cpu_offload(scorer, execution_device=accelerator.device)
+        return scorer
+    return scorer.to(accelerator.device, dtype=scoring_dtype(accelerator))
+
+
+def release(model: nn.Module) -> None:
+    """Take a frozen engine's hooks off a model that is needed no more, so that its memory is freed."""
+    if (destroy := getattr(model, "destroy", None)) is not None:
+        destroy()  # type: ignore[operator]
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The module inside an engine; its forward pass still gathers what is sharded."""
+    return getattr(model, "module", model)
+
+
+def accumulate(accelerator: Accelerator, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """Run a micro-batch; gradients are exchanged between ranks only in the `last` one of an optimizer step."""
+    return contextlib.nullcontext() if last or _deepspeed(accelerator) else accelerator.no_sync(model)
+
+
+def backward(accelerator: Accelerator, loss: Tensor, last: bool) -> None:
+    """Add the gradient of one micro-batch's loss; `last` ends the optimizer step's accumulation."""
+    engine = _deepspeed(accelerator)
+    if engine is None:
+        accelerator.backward(loss)
+    else:
+        # told for each micro-batch, since a partial step has fewer of them than the configuration says
+        engine.set_gradient_accumulation_boundary(last)
+        engine.backward(loss)
+
+
+def apply_gradients(
+    accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, max_grad_norm: float
+) -> float:
+    """Clip the accumulated gradients to a norm of `max_grad_norm` (0: leave them) and take the optimizer's step.
+
+    Returns:
+        The gradient norm before clipping. If it is not finite the weights are left as they were, but under DeepSpeed
+        in fp32 or bf16, which knows the norm only after its step.
+    """
+    engine = _deepspeed(accelerator)
+    if engine is not None:
+        engine.step()
+        return float(engine.get_global_grad_norm())
+    norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
+    if torch.isfinite(norm) or can_skip_steps(accelerator):
+        optimizer.step()
+    optimizer.zero_grad()
+    return float(norm)
+
+
+def _deepspeed(accelerator: Accelerator) -> Any:
+    """DeepSpeed's engine of the policy, None without DeepSpeed."""
+    return getattr(getattr(accelerator, "deepspeed_engine_wrapped", None), "engine", None)
+
+
+def can_skip_steps(accelerator: Accelerator) -> bool:
+    """Whether a gradient overflow is part of normal life: fp16's loss scaler skips such a step and lowers its scale."""
+    return accelerator.mixed_precision == "fp16"
+
+
+def trained_state(accelerator: Accelerator, scorer: nn.Module, optimizer: Any) -> TrainedState:
+    """The trained parameters and the optimizer's state, as far as this rank holds them."""
+    engine = _deepspeed(accelerator)
+    named = [(name.removeprefix("model."), parameter) for name, parameter in unwrap(scorer).named_parameters()
+             if parameter.requires_grad]
+    return TrainedState(engine.optimizer if engine is not None else optimizer.optimizer, named, accelerator.scaler,
+                        accelerator.process_index, accelerator.num_processes)

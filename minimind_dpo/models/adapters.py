@@ -1,0 +1,87 @@
+"""LoRA (Hu et al. 2021, arXiv:2106.09685) through peft: small trained matrices beside frozen weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from torch.nn import Parameter
+from transformers import PreTrainedModel
+
+from ..errors import UserError
+
+ADAPTER = "default"
+
+
+def add_adapters(
+    model: PreTrainedModel, *, r: int, alpha: float, dropout: float, target_modules: Sequence[str], base: str,
+    seed: int,
+) -> None:
+    """Freeze `model` and put trainable LoRA matrices beside its linear layers, in place.
+
+    Args:
+        model: to adapt.
+        r: rank of the matrices.
+        alpha: their product is scaled by `alpha / r`.
+        dropout: probability of dropping an input of theirs.
+        target_modules: names of the linear layers, or the ends of their names; all but the output layer by default.
+        base: where the model came from, noted for those who open the adapter.
+        seed: of their start, the same on every rank.
+
+    Raises:
+        UserError: no layer of the model has such a name.
+    """
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, task_type="CAUSAL_LM",  # type: ignore[arg-type]
+                        target_modules=list(target_modules) or "all-linear", base_model_name_or_path=base)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            model.add_adapter(config, adapter_name=ADAPTER)
+        except ValueError as error:
+            raise UserError(f"lora_target_modules: {error}") from None
+
+
+def has_adapters(model: PreTrainedModel) -> bool:
+    """Whether LoRA matrices were added."""
+    return any(isinstance(module, LoraLayer) for module in model.modules())
+
+
+class Weight(NamedTuple):
+    """One weight of a model as it is saved: with LoRA, the base weight and what its matrices add.
+
+    Attributes:
+        name: of the weight in a model without adapters.
+        parameter: the base weight.
+        layer: the LoRA layer that adds to it, if one does.
+    """
+
+    name: str
+    parameter: Parameter
+    layer: LoraLayer | None
+
+    def parts(self) -> list[Tensor]:
+        """The parameters that `value` reads."""
+        if self.layer is None:
+            return [self.parameter]
+        return [self.parameter, *self.layer.lora_A.parameters(), *self.layer.lora_B.parameters()]
+
+    def value(self) -> Tensor:
+        """The weight to save, whole if its parts are."""
+        weight = self.parameter.detach()
+        if self.layer is None:
+            return weight
+        delta = self.layer.get_delta_weight(ADAPTER).detach()  # type: ignore[attr-defined]
+        return (weight.float() + delta.float()).to(weight.dtype)
+
+
+def merged_weights(model: PreTrainedModel) -> Iterator[Weight]:
+    """Every weight of `model` under its plain name, a tied one once; LoRA matrices are merged into theirs."""
+    adapted = {f"{name}.base_layer.weight": module for name, module in model.named_modules()
+               if isinstance(module, LoraLayer)}
+    for name, parameter in model.named_parameters():
+        if not any(part.startswith("lora_") for part in name.split(".")):
+            yield Weight(name.replace(".base_layer.", "."), parameter, adapted.get(name))

@@ -1,0 +1,118 @@
+"""Models written as `save_pretrained` writes them, but a shard at a time, so that no rank ever holds a whole one."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..engine import full_shape, whole
+from .adapters import ADAPTER, has_adapters, merged_weights
+
+SHARD_BYTES = 4 << 30
+Sized = TypeVar("Sized")
+
+
+def save_model(model: PreTrainedModel, directory: Path | None, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write configuration and weights, LoRA merged; if the model is sharded between ranks, all of them must call it.
+
+    Args:
+        model: to write.
+        directory: existing; None on ranks that only help to gather.
+        shard_bytes: about the size of a file.
+    """
+    weights = list(merged_weights(model))
+    shards = split_shards([(weight, _bytes(weight.parameter)) for weight in weights], shard_bytes)
+
+    def gathered() -> Iterator[dict[str, Tensor]]:
+        for shard in shards:
+            tensors = {}
+            for weight in shard:
+                with whole(weight.parts()):
+                    if directory is not None:
+                        tensors[weight.name] = weight.value().cpu().clone().contiguous()
+            yield tensors
+
+    write_shards(model, gathered(), len(shards), directory)
+    if directory is not None:
+        describe_model(model, directory)
+
+
+def _bytes(parameter: Tensor) -> int:
+    size = parameter.element_size()
+    for length in full_shape(parameter):
+        size *= length
+    return size
+
+
+def split_shards(sized: Iterable[tuple[Sized, int]], shard_bytes: int) -> list[list[Sized]]:
+    """Group items, in order, so that a group's bytes pass `shard_bytes` by less than its last item."""
+    shards: list[list[Sized]] = [[]]
+    total = 0
+    for item, size in sized:
+        if total >= shard_bytes:
+            shards.append([])
+            total = 0
+        shards[-1].append(item)
+        total += size
+    return shards
+
+
+def write_shards(
+    model: PreTrainedModel, shards: Iterable[dict[str, Tensor]], count: int, directory: Path | None
+) -> None:
+    """Write `count` safetensors files under the hub's names, with an index if there are several.
+
+    Args:
+        model: whose class tells how its tensors are laid out on disk.
+        shards: named tensors of each file; only one is alive at a time.
+        count: of the files.
+        directory: existing; None only walks through `shards`.
+    """
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, tensors in enumerate(shards, start=1):
+        if directory is None:
+            continue
+        name = SAFE_WEIGHTS_NAME if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        on_disk = {key: tensor.contiguous() for key, tensor in revert_weight_conversion(model, tensors).items()}
+        save_file(on_disk, directory / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(on_disk, name)
+        total += sum(tensor.numel() * tensor.element_size() for tensor in on_disk.values())
+    if directory is not None and count > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def describe_model(model: PreTrainedModel, directory: Path) -> None:
+    """Write all that a saved model has beside its weights: configurations, and code that came with it."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = model.dtype
+    if model._auto_class is not None:
+        custom_object_save(model, directory, config=config)  # type: ignore[arg-type]
+    config.save_pretrained(directory)
+    if model.can_generate():
+        model.generation_config.save_pretrained(directory)
+
+
+def save_adapter(model: PreTrainedModel, directory: Path | None) -> None:
+    """Write the LoRA matrices alone, as peft opens them; ranks that only help to gather give no directory."""
+    with whole([parameter for name, parameter in model.named_parameters() if "lora_" in name]):
+        if directory is not None:
+            model.save_pretrained(directory)
+
+
+def describe_adapter(model: PreTrainedModel, directory: Path) -> None:
+    """Write what LoRA matrices a model has, if it has any, as peft's configuration."""
+    if has_adapters(model):
+        model.peft_config[ADAPTER].save_pretrained(directory)

@@ -1,0 +1,101 @@
+"""The reference of a run: which mode, which model, and made ready beside the prepared policy."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from minimind_dpo.config import TrainConfig
+from minimind_dpo.engine import freeze, is_sharded, loading_reference, release, scoring_dtype, unwrap
+from minimind_dpo.errors import UserError
+from minimind_dpo.reference import (
+    AdapterReference,
+    CachedReference,
+    CacheFiller,
+    LiveReference,
+    Reference,
+    ReferenceCache,
+    cache_directory,
+    reference_digest,
+)
+from minimind_dpo.scoring import PairLayout, PairScorer, choose_layout
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LoadedReference:
+    """A reference before the engine is there.
+
+    Attributes:
+        mode: live, offload, cache or adapter.
+        model: None where the policy's start, itself, is the reference.
+        digest: of its weights.
+    """
+
+    mode: str
+    model: PreTrainedModel | None
+    digest: str
+
+
+def choose_mode(config: TrainConfig) -> tuple[str, str]:
+    """The reference mode that `config` asks for or `auto` chooses, and why."""
+    if config.reference != "auto":
+        return config.reference, "as configured"
+    if config.lora_r is not None and config.ref_model_name_or_path is None:
+        return "adapter", "the policy without its LoRA matrices is the reference; nothing more to hold or to compute"
+    return "cache", "log-probabilities are computed once; no second model stays in memory"
+
+
+def load_reference(
+    config: TrainConfig, accelerator: Accelerator, policy: PreTrainedModel,
+    load: Callable[[TrainConfig, str], PreTrainedModel],
+) -> LoadedReference:
+    """Load or copy the reference model, as long as `policy` is still as loaded. Collective."""
+    mode, reason = choose_mode(config)
+    logger.info("reference: %s (%s)", mode, reason)
+    model, path = None, config.ref_model_name_or_path
+    if path is None and mode in ("live", "offload"):
+        if is_sharded(accelerator):  # sharded weights belong to their engine: they are loaded again, not copied
+            path = config.model_name_or_path
+        else:
+            model = copy.deepcopy(policy)
+    if path is not None:
+        with loading_reference(accelerator, offload=mode == "offload"):
+            model = load(config, path)
+    digest = reference_digest(policy if model is None else model, scoring_dtype(accelerator))
+    return LoadedReference(mode, model, digest)
+
+
+def make_reference(
+    config: TrainConfig, accelerator: Accelerator, loaded: LoadedReference, policy: PairScorer, layout: PairLayout,
+    needed: list[tuple[Any, Any]], stop: Callable[[], bool],
+) -> Reference:
+    """The reference in its mode, for batches of `layout`; a cache is filled for the `needed` pairs first."""
+    if loaded.mode == "adapter":
+        return AdapterReference(policy, accelerator.autocast)
+    scorer: Any = policy
+    if loaded.model is not None:
+        scorer = freeze(accelerator, PairScorer(loaded.model), offload=loaded.mode == "offload")
+        loaded.model = None
+        if choose_layout(unwrap(scorer), config.attn_implementation, accelerator.device) is not layout:
+            raise UserError("ref_model_name_or_path: this model cannot use the policy's batch layout; "
+                            "set attn_implementation: sdpa")
+    if loaded.mode != "cache":
+        return LiveReference(scorer, accelerator.autocast)
+    cache = ReferenceCache(cache_directory(loaded.digest, {
+        "precision": accelerator.mixed_precision, "weights": str(scoring_dtype(accelerator)),
+        "attention": config.attn_implementation, "layout": layout.__name__, "device": accelerator.device.type}))
+    training = scorer.training
+    CacheFiller(cache, scorer.eval(), layout, accelerator, config.per_device_train_batch_size,
+                together=is_sharded(accelerator)).fill(needed, stop)
+    scorer.train(training)
+    if scorer is not policy:
+        release(scorer)
+    return CachedReference(cache)
