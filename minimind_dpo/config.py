@@ -82,6 +82,7 @@ class TrainConfig:
     resume: str = _option("auto", "auto: newest complete checkpoint of output_dir | never | PATH of one")
     report_to: str = _option("none", " | ".join(TRACKERS))
     run_name: str | None = _option(None, "name of the run in the tracker")
+    ddp_timeout: int = _option(1800, "seconds that a rank waits for another before the run fails")
     seed: int = _option(42, "seed of the order and of dropout")
 
     @property
@@ -92,7 +93,8 @@ class TrainConfig:
 
 _FIELDS = {f.name: f for f in fields(TrainConfig)}
 _POSITIVE = ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "beta",
-             "logging_steps", "num_train_epochs", "eval_steps", "num_attention_heads", "lora_r", "lora_alpha")
+             "logging_steps", "num_train_epochs", "eval_steps", "num_attention_heads", "lora_r", "lora_alpha",
+             "ddp_timeout")
 _NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "save_steps", "save_total_limit", "warmup_ratio", "seed",
                  "label_smoothing", "lora_dropout")
 _CHOICES = {

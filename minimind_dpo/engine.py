@@ -8,14 +8,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs, cpu_offload
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -47,14 +46,14 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     Raises:
         UserError: accelerate, DeepSpeed and the training configuration contradict each other.
     """
-    handlers = []
+    group = InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout))
     on_cpu = not torch.accelerator.is_available()
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out itself
     # DeepSpeed compiles its kernels at first use and looks for ninja in PATH, which a .venv may not be in
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+        group.backend = "gloo"
         if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
             os.environ["ACCELERATE_USE_CPU"] = "true"
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -63,7 +62,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
                         f"{torch.accelerator.device_count()} GPU(s): add --num_processes to `accelerate launch`")
     trackers = None if config.report_to == "none" else config.report_to
     try:
-        accelerator = Accelerator(kwargs_handlers=handlers, log_with=trackers, project_dir=config.output_dir)
+        accelerator = Accelerator(kwargs_handlers=[group], log_with=trackers, project_dir=config.output_dir)
     except ValueError as error:
         raise UserError(f"accelerate's configuration ({_deepspeed_file()}): {error}") from None
     if accelerator.device.type == "cpu":
@@ -122,20 +121,6 @@ def scoring_dtype(accelerator: Accelerator) -> torch.dtype | None:
     if accelerator.state.deepspeed_plugin is None:
         return None
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-
-
-def on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
-    """What `function` returns on the main process, or the UserError it raises there, on every rank."""
-    outcome: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
-            outcome = [function()]
-        except UserError as error:
-            outcome = [error]
-    broadcast_object_list(outcome)
-    if isinstance(outcome[0], UserError):
-        raise outcome[0]
-    return outcome[0]
 
 
 def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:

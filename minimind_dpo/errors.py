@@ -27,13 +27,28 @@ class StoppedEarly(Exception):
 
 
 def exit_code(command: Callable[[], int]) -> int:
-    """Run a command; 2 with one message for a user's mistake, 1 with a traceback for a failure."""
+    """Run a command; 2 with one message for a user's mistake, 1 with a traceback for a failure.
+
+    Where a launcher started several processes on a machine, they are taken to make the same mistake, and one speaks.
+    """
     try:
         return command()
-    except (UserError, TrainingError) as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank makes the same mistake; one message is enough
-            print(f"minimind-dpo: error: {error}", file=sys.stderr, flush=True)
-        return EXIT_USAGE if isinstance(error, UserError) else EXIT_FAILED
-    except Exception:
-        traceback.print_exc()
-        return EXIT_FAILED
+    except Exception as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            report(error)
+        return code_of(error)
+
+
+def code_of(error: BaseException) -> int:
+    """The exit code that an error ends a command with."""
+    return EXIT_USAGE if isinstance(error, UserError) else EXIT_FAILED
+
+
+def report(error: BaseException) -> None:
+    """Print an error: its message alone where that says it all, else its traceback; with the rank if there are many."""
+    where = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    if isinstance(error, (UserError, TrainingError)):
+        print(f"minimind-dpo: {where}error: {error}", file=sys.stderr, flush=True)
+    else:
+        trace = "".join(traceback.format_exception(error))
+        print(f"minimind-dpo: {where}failed\n{trace}", file=sys.stderr, flush=True)

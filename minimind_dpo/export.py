@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .errors import UserError
-from .models.loading import DTYPES, load_model, locate_model
+from .models.loading import ADAPTER_CONFIG, DTYPES, checkpoint_config, is_checkpoint, load_model, locate_model
+from .models.saving import SHARD_BYTES, describe_model, split_shards, write_shards
 from .models.weights import (
     DEFAULT_HEADS,
     MODEL_CLASSES,
@@ -25,6 +26,8 @@ from .models.weights import (
     read_layout,
     summarize,
 )
+from .shards import FragmentReader
+from .training.checkpoint import checkpoint_problem
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -65,7 +68,8 @@ def export_model(
     """Write a model for others to use; whole or not at all, and never over something that is there.
 
     Args:
-        model_path: whatever `load_model` opens; a run directory gives its final model.
+        model_path: whatever `load_model` opens; a run directory gives its final model, a checkpoint the policy of
+            its step in fp32, put together without the training job however many ranks wrote it.
         format: `hf` (a `save_pretrained` directory, with the tokenizer where the source has one) or `minimind`
             (one `.pth` file with MiniMind's keys, which its own code loads strictly).
         output: the directory to create; for `minimind` also a directory to put `dpo_<hidden_size>[_moe].pth`
@@ -87,6 +91,12 @@ def export_model(
     target = Path(output).expanduser()
     if format == "hf":
         _refuse_existing(target)
+    location = locate_model(str(model_path))
+    if location is not None and is_checkpoint(location):
+        if problem := checkpoint_problem(location):
+            raise UserError(f"{model_path}: {problem}")
+        if format == "hf" and not (location / ADAPTER_CONFIG).is_file():
+            return _export_checkpoint(location, target, DTYPES[dtype or "float32"])
     model = load_model(model_path, dtype="auto", num_attention_heads=num_attention_heads)
     if format == "hf":
         return _export_hf(model, str(model_path), target, DTYPES[dtype] if dtype else None)
@@ -146,10 +156,39 @@ def _export_hf(model: PreTrainedModel, source: str, target: Path, dtype: torch.d
     folder = locate_model(source)
     with _replacing(target) as temporary:
         model.save_pretrained(temporary)
-        for name in TOKENIZER_FILES:
-            if folder is not None and (folder / name).is_file():
-                shutil.copyfile(folder / name, temporary / name)
+        if folder is not None:
+            _copy_tokenizer(folder, temporary)
     return target
+
+
+def _export_checkpoint(
+    checkpoint: Path, target: Path, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES
+) -> Path:
+    """Put the fragments of a checkpoint together, a file at a time: the whole model is never in memory."""
+    reader = FragmentReader(checkpoint)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(checkpoint_config(checkpoint), dtype=dtype)
+    sized = [(name, parameter.numel() * parameter.element_size()) for name, parameter in model.named_parameters()]
+    shards = split_shards(sized, shard_bytes)
+
+    def tensors() -> Iterator[dict[str, Tensor]]:
+        for names in shards:
+            shard = {name: reader.weight(name).to(dtype) for name in names}
+            _check_overflow(shard, dtype, str(checkpoint))
+            yield shard
+
+    with _replacing(target) as temporary:
+        temporary.mkdir()
+        write_shards(model, tensors(), len(shards), temporary)
+        describe_model(model, temporary)
+        _copy_tokenizer(checkpoint, temporary)
+    return target
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def _check_overflow(state: dict[str, Tensor], dtype: torch.dtype, source: str) -> None:
@@ -193,7 +232,7 @@ def run_export(argv: list[str]) -> int:
         UserError: see `export_model`.
     """
     parser = argparse.ArgumentParser(prog="minimind-dpo export", description=__doc__)
-    parser.add_argument("--model", required=True, help="run directory, model directory, hub id or MiniMind .pth")
+    parser.add_argument("--model", required=True, help="run, checkpoint or model directory, hub id or MiniMind .pth")
     parser.add_argument("--format", required=True, choices=("hf", "minimind"))
     parser.add_argument("--output", required=True, help="directory to create, or for minimind a .pth file")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: the source's for hf, float16 for minimind")

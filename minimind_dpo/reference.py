@@ -230,10 +230,9 @@ class CacheFiller:
         chunks = [chunk for dataset, positions in needed for chunk in _chunks(dataset, positions)]
         rounds = tqdm(range(0, len(chunks), world_size), desc="reference log-probabilities", unit="chunk",
                       unit_scale=world_size, disable=not self.accelerator.is_main_process)
-        stopped = False
         for first in rounds:
-            if stopped := self._any(stop()) if self.together else stop():
-                break
+            if self._any(stop()):  # also keeps the ranks in step, so that none waits longer than a chunk takes
+                raise StoppedEarly("while computing reference log-probabilities")
             rows, complete = [], True
             if first + rank < len(chunks):
                 dataset, positions = chunks[first + rank]
@@ -245,8 +244,7 @@ class CacheFiller:
                             keep=not complete)
             elif not complete:
                 self._score(rows, 0, keep=True)
-        if self._any(stopped):
-            raise StoppedEarly("while computing reference log-probabilities")
+        self.accelerator.wait_for_everyone()
         self.cache.refresh()
 
     def _any(self, flag: bool) -> bool:

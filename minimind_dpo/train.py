@@ -14,9 +14,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from minimind_dpo.config import TrainConfig, load_config
 from minimind_dpo.data.tokenized import load_tokenizer
-from minimind_dpo.engine import make_accelerator, on_main
+from minimind_dpo.engine import make_accelerator
 from minimind_dpo.errors import EXIT_DONE, EXIT_STOPPED, StoppedEarly, UserError, exit_code
 from minimind_dpo.models.loading import locate_model
+from minimind_dpo.ranks import leave_together, on_main
 from minimind_dpo.training.checkpoint import find_checkpoint
 from minimind_dpo.training.loop import train
 from minimind_dpo.training.run_directory import finish_run
@@ -51,6 +52,10 @@ def run(config: TrainConfig) -> int:
     except StoppedEarly as where:
         logger.info("stopped early %s; the same command continues there", where)
         return EXIT_STOPPED
+    except Exception as error:
+        if accelerator.num_processes == 1:
+            raise
+        return leave_together(error)
     finally:
         accelerator.end_training()
 

@@ -75,14 +75,13 @@ def train_here(flags: list[str]) -> int:
 def command(flags: list[str], accelerate: str | None = None) -> list[str]:
     """The real command line: plain, or through `accelerate launch` with one of the project's configurations.
 
-    A configuration's name may end in `*N` to launch N processes instead of its own number.
+    Flags for the launcher may follow a configuration's name.
     """
     if accelerate is None:
         return [sys.executable, "-m", "minimind_dpo.train", *flags]
-    name, _, processes = accelerate.partition("*")
+    name, *launcher_flags = accelerate.split()
     config = REPOSITORY / "configs" / "accelerate" / f"{name}.yaml"
-    count = ["--num_processes", processes] if processes else []
-    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), *count,
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), *launcher_flags,
             "--main_process_port", "0", "-m", "minimind_dpo.train", *flags]
 
 

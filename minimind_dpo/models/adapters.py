@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
+from ..engine import whole
 from ..errors import UserError
+from ..shards import FragmentReader
 
 ADAPTER = "default"
 
@@ -85,3 +87,21 @@ def merged_weights(model: PreTrainedModel) -> Iterator[Weight]:
     for name, parameter in model.named_parameters():
         if not any(part.startswith("lora_") for part in name.split(".")):
             yield Weight(name.replace(".base_layer.", "."), parameter, adapted.get(name))
+
+
+def merge_adapters(model: PreTrainedModel, reader: FragmentReader, scaling: float) -> None:
+    """Add the LoRA matrices of a checkpoint to the weights of the base model they were trained beside, in place.
+
+    Args:
+        model: the base model.
+        reader: of the checkpoint.
+        scaling: of the matrices' product: alpha / r.
+    """
+    ends = (f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight")
+    for name in reader.shapes:
+        if name.endswith(ends[0]):
+            layer = name.removesuffix(ends[0])
+            weight = model.get_parameter(f"{layer}.weight")
+            delta = reader.weight(layer + ends[1]) @ reader.weight(name) * scaling
+            with torch.no_grad(), whole([weight], modify=True):
+                weight.copy_(weight.float() + delta)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from transformers.initialization import no_init_weights
 
 from ..engine import local_values, whole
 from ..errors import UserError
+from ..shards import FragmentReader
+from .adapters import merge_adapters
 from .weights import (
     EMBEDDING_KEYS,
     MODEL_CLASSES,
@@ -26,6 +29,8 @@ from .weights import (
 )
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CHECKPOINT_STATE = "trainer_state.json"  # what a checkpoint has and no other model directory
+ADAPTER_CONFIG = "adapter_config.json"  # peft's name
 CONFIG_OVERRIDES = ("attention_dropout", "max_position_embeddings", "router_aux_loss_coef", "use_cache")
 LOAD_OVERRIDES = ("dtype", "attn_implementation", "num_attention_heads", "trust_remote_code")
 
@@ -42,9 +47,9 @@ def load_model(
     """Load a causal language model from any source, strictly and on the CPU, in eval mode.
 
     Args:
-        path: a run directory of `minimind-dpo train` (its `model/` is taken), a `save_pretrained` directory,
-            a hub id, MiniMind's raw weights (`*.pth`, either generation, dense or mixture of experts) or a
-            `.gguf` file.
+        path: a run directory of `minimind-dpo train` (its `model/` is taken), one of its checkpoints, a
+            `save_pretrained` directory, a hub id, MiniMind's raw weights (`*.pth`, either generation, dense or
+            mixture of experts) or a `.gguf` file.
         dtype: of the weights: `float32`, `float16`, `bfloat16` or `auto` (the source's own).
         attn_implementation: a name known to transformers or registered with its AttentionInterface.
         num_attention_heads: raw weights only. Generation 2 does not tell its heads; MiniMind's default is 8.
@@ -63,7 +68,9 @@ def load_model(
     _check_overrides(overrides)
     wanted = _parse_dtype(dtype)
     location = locate_model(str(path))
-    if location is not None and location.is_file() and location.suffix != ".gguf":
+    if location is not None and is_checkpoint(location):
+        model = _load_checkpoint(location, wanted, attn_implementation, trust_remote_code, overrides)
+    elif location is not None and location.is_file() and location.suffix != ".gguf":
         model = _load_raw(location, wanted, attn_implementation, num_attention_heads, overrides)
     elif num_attention_heads is not None:
         raise UserError(
@@ -122,6 +129,42 @@ def locate_model(path: str) -> Path | None:
     if looks_local or beside_others or location.suffix in (".pth", ".pt", ".bin", ".gguf", ".safetensors"):
         raise UserError(f"{path}: no such model file or directory.")
     return None
+
+
+def is_checkpoint(location: Path) -> bool:
+    """Whether a directory is a checkpoint of a run."""
+    return (location / CHECKPOINT_STATE).is_file()
+
+
+def checkpoint_config(location: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration of the model in a checkpoint."""
+    return AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
+
+
+def _load_checkpoint(
+    location: Path, dtype: torch.dtype | None, attn_implementation: str | None, trust_remote_code: bool, overrides: dict
+) -> PreTrainedModel:
+    """Build the policy as a run had it at a step, LoRA merged, from the fragments its ranks wrote."""
+    reader = FragmentReader(location)
+    config = checkpoint_config(location, trust_remote_code)
+    options: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    adapter = location / ADAPTER_CONFIG
+    if adapter.is_file():
+        settings = json.loads(adapter.read_text("utf-8"))
+        base = settings["base_model_name_or_path"]
+        heads = {"num_attention_heads": config.num_attention_heads} if base.endswith(".pth") else {}
+        model = load_model(base, dtype=dtype or "auto", **options, **heads, **overrides)
+        merge_adapters(model, reader, settings["lora_alpha"] / settings["r"])
+        return model
+    _apply_overrides(config, overrides, str(location))
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype, **options)
+    for name, parameter in model.named_parameters():
+        if name not in reader.shapes:
+            raise UserError(f"{location}: this checkpoint holds no {name}; was a file of it removed?")
+        with torch.no_grad(), whole([parameter], modify=True):
+            parameter.copy_(reader.weight(name))
+    return model
 
 
 def _apply_overrides(config: PreTrainedConfig, overrides: dict, source: str) -> None:

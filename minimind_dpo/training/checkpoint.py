@@ -23,7 +23,7 @@ from accelerate.utils import gather_object
 
 from minimind_dpo.errors import UserError
 from minimind_dpo.fragments import TrainedState
-from minimind_dpo.training.shards import FragmentReader, write_fragments
+from minimind_dpo.shards import FragmentReader, write_fragments
 
 logger = logging.getLogger(__name__)
 

@@ -156,12 +156,12 @@ def _optimizer_step(run: Run, step: int, batches: Batches) -> tuple[list[float],
         The metric sums over all ranks, the gradient norm before clipping, and whether any rank must stop.
     """
     accelerator = run.accelerator
-    _seed(run, step)
     micro_batches = len(run.micro_batches(step))
     scale = accelerator.num_processes / len(run.order.step_pairs(step))
     sums = empty_sums(accelerator.device)
     for index in range(micro_batches):
         batch, counted = next(batches)
+        _seed(run, step, index)
         last = index == micro_batches - 1
         with accumulate(accelerator, run.scorer, last):
             losses, aux_losses, batch_sums = score_batch(
@@ -177,9 +177,9 @@ def _optimizer_step(run: Run, step: int, batches: Batches) -> tuple[list[float],
     return totals, grad_norm, stops > 0
 
 
-def _seed(run: Run, step: int) -> None:
-    """Draw dropout from (seed, step, rank), so that a resumed run draws what it would have drawn."""
-    torch.manual_seed(hash((run.config.seed, step, run.accelerator.process_index)))
+def _seed(run: Run, step: int, index: int) -> None:
+    """Draw a micro-batch's dropout from (seed, step, its index, rank): a resumed run draws what it would have drawn."""
+    torch.manual_seed(hash((run.config.seed, step, index, run.accelerator.process_index)))
 
 
 def _check_finite(run: Run, step: int, what: str, values: list[float]) -> None:

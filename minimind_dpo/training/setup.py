@@ -18,6 +18,7 @@ from minimind_dpo.engine import is_sharded, make_optimizer, prepare, trained_sta
 from minimind_dpo.errors import UserError
 from minimind_dpo.models.adapters import add_adapters
 from minimind_dpo.models.loading import load_model
+from minimind_dpo.ranks import main_first
 from minimind_dpo.scoring import PairScorer, choose_layout, embedding_rows
 from minimind_dpo.training.checkpoint import TrainerState, load_checkpoint, read_state, set_aside_later
 from minimind_dpo.training.loop import Run
@@ -43,7 +44,7 @@ def build_run(
     """
     policy = load(config, config.model_name_or_path)
     _check_vocabulary(policy, tokenizer)
-    with accelerator.main_process_first():
+    with main_first(accelerator, "tokenize"):
         train_data = _tokenize(config, config.train_data, tokenizer)
         eval_data = _tokenize(config, config.eval_data, tokenizer) if config.eval_data else None
     order = PairOrder(len(train_data.dataset), config.per_device_train_batch_size

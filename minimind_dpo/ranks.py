@@ -1,0 +1,85 @@
+"""The ranks of a run among themselves: who goes first, who decides, and how all leave when one fails."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from minimind_dpo.errors import UserError, code_of, report
+
+_LEAVING_SECONDS = 60  # for a failed rank's teardown
+
+
+def on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
+    """What `function` returns on the main process, or the UserError it raises there, on every rank."""
+    outcome: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            outcome = [function()]
+        except UserError as error:
+            outcome = [error]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
+
+
+@contextmanager
+def main_first(accelerator: Accelerator, task: str) -> Iterator[None]:
+    """Run a block on the main process, then on the others, which wait for it as long as it takes.
+
+    Not a barrier: what the main process does here may last longer than a collective may.
+
+    Args:
+        accelerator: of the run.
+        task: a name for the block, used once in a run.
+    """
+    key = f"minimind_dpo/{task}"
+    if accelerator.num_processes > 1 and not accelerator.is_main_process:
+        store = _store()
+        while not store.check([key]):  # raises once the process that holds the store has gone
+            time.sleep(0.1)
+    yield
+    if accelerator.num_processes > 1 and accelerator.is_main_process:
+        _store().set(key, "done")
+
+
+main_first.calls = 0  # type: ignore[attr-defined]
+
+
+def leave_together(error: Exception) -> int:
+    """End this rank after an error: the first rank to fail tells it, the others do not bury it under theirs.
+
+    The other ranks leave since the sockets of this one close, or since the launcher ends them. Should this one's
+    teardown wait for them meanwhile, it is cut short.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        first = int(_store().add("minimind_dpo/failed", 1)) == 1
+    except (RuntimeError, ValueError):  # the store went with the process that held it
+        first = False
+    if first:
+        report(error)
+    else:
+        print(f"minimind-dpo: rank {os.environ.get('RANK')} leaves: another rank failed first",
+              file=sys.stderr, flush=True)
+    timer = threading.Timer(_LEAVING_SECONDS, os._exit, [code_of(error)])
+    timer.daemon = True
+    timer.start()
+    return code_of(error)
+
+
+def _store() -> Any:
+    """The key-value store through which the ranks found each other."""
+    return torch.distributed.distributed_c10d._get_default_store()

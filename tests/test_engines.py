@@ -1,0 +1,152 @@
+"""The real command under every engine: the single process's numbers, on 1, 2 and 4 ranks, and across them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from helpers_run import (
+    REPOSITORY,
+    Inputs,
+    command,
+    environment,
+    make_inputs,
+    relative_distance,
+    run_command,
+    same_bits,
+    train_lines,
+)
+
+# 21 pairs in global batches of 8, two epochs: steps of 8, 8, 5, 8, 8, 5 pairs
+BATCH = {1: {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+         2: {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
+         4: {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}}
+OPTIONS = {"learning_rate": 2e-4, "num_train_epochs": 2, "save_steps": 2, "save_total_limit": 0}
+ENGINES = ["multi_cpu", "ds_zero1_cpu", "ds_zero2_cpu", "ds_zero2_offload_cpu", "ds_zero3_cpu", "ds_zero3_offload_cpu"]
+
+
+def ranks(engine: str | None) -> int:
+    return 1 if engine is None else int(engine.partition("--num_processes ")[2] or 2)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("engines")
+    make_inputs(directory / "inputs")
+    return directory
+
+
+def trained(
+    workspace: Path, engine: str | None, name: str | None = None, **options: object
+) -> Path:
+    """The run directory of the command under `engine`, trained once for all tests of this module."""
+    output_dir = workspace / (name or engine or "single").replace(" ", "_")
+    if not output_dir.exists():
+        inputs = Inputs(*(workspace / "inputs" / part for part in ("model", "train.jsonl", "eval.jsonl")))
+        flags = inputs.flags(output_dir, **(OPTIONS | BATCH[ranks(engine)] | options))
+        result = run_command(flags, engine, MINIMIND_DPO_CACHE=str(workspace / "cache" / output_dir.name))
+        assert result.returncode == 0, result.stderr
+    return output_dir
+
+
+def assert_same_run(run: Path, other: Path, first_step: int = 1, weights_within: float = 1e-6) -> None:
+    """Losses to 1e-5 and gradient norms to 1e-3 relative, step by step, and the final weights."""
+    expected = [line for line in train_lines(other) if line["step"] >= first_step]
+    assert [line["step"] for line in train_lines(run)] == [line["step"] for line in expected]
+    for ours, theirs in zip(train_lines(run), expected, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+        assert ours["pairs_seen"] == theirs["pairs_seen"]
+    assert relative_distance(run, other) < weights_within
+
+
+@pytest.mark.parametrize("engine", [*ENGINES, "ds_zero2_cpu --num_processes 4", "ds_zero3_cpu --num_processes 4"])
+def test_every_engine_trains_the_same_run(workspace: Path, engine: str) -> None:
+    assert_same_run(trained(workspace, engine), trained(workspace, None))
+
+
+@pytest.mark.parametrize(("wrote", "continues"), [
+    ("multi_cpu", None), ("multi_cpu", "multi_cpu --num_processes 4"),
+    ("ds_zero1_cpu", "ds_zero1_cpu --num_processes 1"), ("ds_zero1_cpu", "ds_zero1_cpu --num_processes 4"),
+    ("ds_zero2_cpu", "ds_zero2_cpu --num_processes 1"), ("ds_zero2_cpu", "ds_zero2_cpu --num_processes 4"),
+    ("ds_zero3_cpu", "ds_zero3_cpu --num_processes 1"), ("ds_zero3_cpu", "ds_zero3_cpu --num_processes 4"),
+    ("ds_zero3_offload_cpu", None), (None, "ds_zero3_cpu"),
+])
+def test_a_checkpoint_continues_elsewhere(workspace: Path, wrote: str | None, continues: str | None) -> None:
+    """Step 2's checkpoint of two ranks goes on with one and with four, in every stage, and from stage to stage."""
+    checkpoint = trained(workspace, wrote) / "checkpoints" / "step-000002"
+    run = trained(workspace, continues, f"{wrote}-to-{continues}", resume=checkpoint)
+    assert_same_run(run, trained(workspace, None), first_step=3)
+
+
+@pytest.mark.parametrize("engine", ["ds_zero2_cpu", "ds_zero3_cpu"])
+def test_a_resumed_run_has_the_same_bits(workspace: Path, engine: str) -> None:
+    """Also with dropout, which is drawn from the step and the rank."""
+    options = {"lora_r": 4, "lora_dropout": 0.2, "num_train_epochs": 1}
+    whole = trained(workspace, engine, f"{engine}-whole", **options)
+    parts = trained(workspace, engine, f"{engine}-parts", resume=whole / "checkpoints" / "step-000002", **options)
+    assert same_bits(parts, whole)
+
+
+@pytest.mark.parametrize("engine", [None, "multi_cpu", "ds_zero2_cpu", "ds_zero3_cpu"])
+@pytest.mark.parametrize("reference", ["live", "offload", "adapter"])
+def test_reference_modes_agree(workspace: Path, engine: str | None, reference: str) -> None:
+    """Rewards are beta times the log-ratio to the reference: with equal ones, its log-probabilities are equal."""
+    options = {"num_train_epochs": 1} | ({"lora_r": 4} if reference == "adapter" else {})
+    expected = trained(workspace, None, f"cache-{bool(options.get('lora_r'))}", reference="cache", **options)
+    run = trained(workspace, engine, f"{engine}-{reference}", reference=reference, **options)
+    assert_same_run(run, expected)
+    for ours, theirs in zip(train_lines(run), train_lines(expected), strict=True):
+        for side in ("chosen", "rejected"):
+            reference_logps = [line[f"logps/{side}"] - line[f"rewards/{side}"] / 0.5 for line in (ours, theirs)]
+            assert reference_logps[0] == pytest.approx(reference_logps[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["ds_zero2_cpu", "ds_zero3_cpu"])
+def test_bf16_stays_close(workspace: Path, engine: str) -> None:
+    half = trained(workspace, f"{engine} --mixed_precision bf16", num_train_epochs=1)
+    full = trained(workspace, None)
+    for ours, theirs in zip(train_lines(half), train_lines(full), strict=False):
+        assert ours["logps/chosen"] == pytest.approx(theirs["logps/chosen"], rel=0.02)
+        assert ours["logps/chosen"] != theirs["logps/chosen"]
+
+
+@pytest.mark.parametrize(("engine", "rank", "grief", "message"), [
+    ("multi_cpu", 1, "fails", "the disk of this rank is on fire"),
+    ("ds_zero3_cpu", 0, "fails", "the disk of this rank is on fire"),
+    ("ds_zero2_cpu", 1, "user_error", "rank 1: error: a file that only this rank misses"),
+    ("multi_cpu", 1, "stops", "rank 0: failed"),
+])
+def test_when_one_rank_fails_all_leave(
+    workspace: Path, tmp_path: Path, engine: str, rank: int, grief: str, message: str
+) -> None:
+    inputs = Inputs(*(workspace / "inputs" / part for part in ("model", "train.jsonl", "eval.jsonl")))
+    words = command(inputs.flags(tmp_path / "run", **(OPTIONS | BATCH[2]), ddp_timeout=15), engine)
+    module = words.index("minimind_dpo.train") - 1
+    words[module : module + 2] = ["tests/programs/one_rank.py", str(rank), "2", grief]
+    result = subprocess.run(words, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=150)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert result.stderr.count("Traceback (most recent call last)") <= 2  # the first rank's, and the launcher's own
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"gradient_clipping": 0.5}, "gradient_clipping: 0.5, but the training configuration decides this: max_grad_norm"),
+    ({"optimizer": {"type": "Adam"}}, "optimizer: is set, but the training configuration decides this"),
+    ({"train_micro_batch_size_per_gpu": 3}, "per_device_train_batch_size is 4"),
+])
+def test_contradictions_are_one_clear_error(
+    workspace: Path, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    settings = json.loads((REPOSITORY / "configs/deepspeed/zero2_cpu.json").read_text()) | change
+    (tmp_path / "zero.json").write_text(json.dumps(settings))
+    accelerate = (REPOSITORY / "configs/accelerate/ds_zero2_cpu.yaml").read_text()
+    (tmp_path / "own.yaml").write_text(accelerate.replace("configs/deepspeed/zero2_cpu.json", f"{tmp_path}/zero.json"))
+    inputs = Inputs(*(workspace / "inputs" / part for part in ("model", "train.jsonl", "eval.jsonl")))
+    words = command(inputs.flags(tmp_path / "run"), "ds_zero2_cpu --num_processes 1")
+    words[words.index("--config_file") + 1] = str(tmp_path / "own.yaml")
+    result = subprocess.run(words, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=150)
+    assert result.returncode != 0
+    assert message in result.stderr
