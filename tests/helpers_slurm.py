@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers_run import REPOSITORY
+from helpers_run import REPOSITORY, Inputs
 
 SCRIPT = REPOSITORY / "launch" / "local" / "slurm_cluster.sh"
 SBIN = "/usr/sbin:/sbin"
@@ -83,11 +83,15 @@ class Cluster:
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout
 
-    def submit(self, accelerate: str, config: Path, *options: str, **extra: str) -> str:
-        """Submit the CPU job script on two nodes; its number."""
+    def submit(
+        self, accelerate: str, config: Path, *options: str, script: str = "train_cpu", **extra: str
+    ) -> str:
+        """Submit a job script on two nodes, which have no GPUs; its number."""
+        without = [] if script == "train_cpu" else ["--gpus-per-node=0", "--cpus-per-task=1"]
         return self.call(
-            "sbatch", "--parsable", "--nodes=2", f"--output={self.directory}/%x-%j.log", *options,
-            "launch/slurm/train_cpu.sbatch", f"configs/accelerate/{accelerate}.yaml", str(config), **extra).strip()
+            "sbatch", "--parsable", "--nodes=2", f"--output={self.directory}/%x-%j.log", *without, *options,
+            f"launch/slurm/{script}.sbatch", f"configs/accelerate/{accelerate}.yaml", str(config),
+            RANKS_PER_NODE="1", **extra).strip()
 
     def job(self, number: str) -> Job:
         """The job as slurmctld sees it now."""
@@ -95,7 +99,7 @@ class Cluster:
         values = dict(word.split("=", 1) for word in words if "=" in word)
         return Job(values["JobState"], int(values["Restarts"]), values["ExitCode"])
 
-    def wait_for(self, number: str, *states: str, timeout: float = 300) -> Job:
+    def wait_for(self, number: str, *states: str, timeout: float = 480) -> Job:
         """The job once it is in one of `states`."""
         wait_until(lambda: self.job(number).state in states, timeout, lambda: self.logs(number))
         return self.job(number)
@@ -104,6 +108,15 @@ class Cluster:
         """Everything the job wrote: the batch script's log, then each node's."""
         files = [*self.directory.glob(f"*-{number}.log"), *sorted(self.directory.glob(f"jobs/*-{number}/node-*.log"))]
         return "\n".join(f"== {path.name}\n{path.read_text(errors='replace')}" for path in files)
+
+
+def write_config(inputs: Inputs, directory: Path, **options: object) -> Path:
+    """A training configuration of a run into `directory`/run."""
+    directory.mkdir(parents=True, exist_ok=True)
+    flags = inputs.flags(directory / "run", **options)
+    path = directory / "run.yaml"
+    path.write_text("".join(f"{name[2:]}: {value}\n" for name, value in zip(flags[::2], flags[1::2], strict=True)))
+    return path
 
 
 def wait_until(condition: Callable[[], object], timeout: float, explain: Callable[[], str] = str) -> None:
