@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .errors import UserError
-from .models.loading import ADAPTER_CONFIG, DTYPES, checkpoint_config, is_checkpoint, load_model, locate_model
+from .models.loading import ADAPTER_CONFIG, checkpoint_config, is_checkpoint, load_model, locate_model
+from .models.overrides import DTYPES
 from .models.saving import SHARD_BYTES, describe_model, split_shards, write_shards
 from .models.weights import (
     DEFAULT_HEADS,

@@ -27,8 +27,12 @@ from minimind_dpo.training.signals import StopRequest
 logger = logging.getLogger("minimind_dpo.train")  # not __name__: the module also runs as __main__
 
 
-def run(config: TrainConfig) -> int:
+def run(config: TrainConfig, last_act: bool = False) -> int:
     """Train as `config` says; 0 when the run is done, 75 when a signal stopped it with a checkpoint written.
+
+    Args:
+        config: of the run.
+        last_act: the process ends after it; signals that come then are ignored.
 
     Raises:
         UserError: a mistake in the configuration, the data or the files named.
@@ -41,9 +45,9 @@ def run(config: TrainConfig) -> int:
     disable_progress_bar()  # transformers' own, of shards read and written
     set_seed(config.seed, device_specific=True)
     try:
-        checkpoint = on_main(
-            accelerator, lambda: find_checkpoint(Path(config.output_dir) / "checkpoints", config.resume))
-        with StopRequest() as stop:
+        with StopRequest(last_act) as stop:
+            checkpoint = on_main(
+                accelerator, lambda: find_checkpoint(Path(config.output_dir) / "checkpoints", config.resume))
             tokenizer = load_tokenizer(_tokenizer_path(config), config.trust_remote_code)
             training = build_run(config, accelerator, tokenizer, checkpoint, stop)
             train(training)
@@ -76,7 +80,7 @@ def _tokenizer_path(config: TrainConfig) -> str:
 
 def main(argv: list[str]) -> int:
     """`minimind-dpo train`."""
-    return run(load_config(argv))
+    return run(load_config(argv), last_act=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from helpers_data import tiny_tokenizer
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from minimind_dpo.train import main
+from minimind_dpo.config import load_config
+from minimind_dpo.train import run
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WORDS = "red blue green seven nine river stone cloud quiet happy open window garden paper letter music".split()
@@ -69,7 +70,7 @@ def _pair(rng: random.Random) -> dict[str, Any]:
 
 def train_here(flags: list[str]) -> int:
     """`minimind-dpo train` in this process."""
-    return main(flags)
+    return run(load_config(flags))
 
 
 def command(flags: list[str], accelerate: str | None = None) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import pickle
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from ..engine import local_values, whole
 from ..errors import UserError
 from ..shards import FragmentReader
 from .adapters import merge_adapters
+from .overrides import apply_overrides, check_overrides, parse_dtype
 from .weights import (
     EMBEDDING_KEYS,
     MODEL_CLASSES,
@@ -28,11 +28,8 @@ from .weights import (
     summarize,
 )
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CHECKPOINT_STATE = "trainer_state.json"  # what a checkpoint has and no other model directory
 ADAPTER_CONFIG = "adapter_config.json"  # peft's name
-CONFIG_OVERRIDES = ("attention_dropout", "max_position_embeddings", "router_aux_loss_coef", "use_cache")
-LOAD_OVERRIDES = ("dtype", "attn_implementation", "num_attention_heads", "trust_remote_code")
 
 
 def load_model(
@@ -65,8 +62,8 @@ def load_model(
         UserError: nothing is there, a weight is missing, unexpected, of a wrong shape or not finite, an
             override is unknown or does not fit the model.
     """
-    _check_overrides(overrides)
-    wanted = _parse_dtype(dtype)
+    check_overrides(overrides)
+    wanted = parse_dtype(dtype)
     location = locate_model(str(path))
     if location is not None and is_checkpoint(location):
         model = _load_checkpoint(location, wanted, attn_implementation, trust_remote_code, overrides)
@@ -82,26 +79,6 @@ def load_model(
         model = _load_pretrained(str(location or path), wanted, options, overrides)
     _check_finite(model, str(path))
     return model.eval()
-
-
-def _check_overrides(overrides: dict) -> None:
-    """Name every override that does not exist, with its nearest relative."""
-    for name in overrides:
-        if name not in CONFIG_OVERRIDES:
-            known = (*LOAD_OVERRIDES, *CONFIG_OVERRIDES)
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise UserError(f"load_model: unknown override {name!r}.{hint} Known: {', '.join(known)}.")
-
-
-def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    """The torch dtype, None for `auto`."""
-    if dtype == "auto":
-        return None
-    parsed = DTYPES.get(dtype, None) if isinstance(dtype, str) else dtype
-    if parsed not in DTYPES.values():
-        raise UserError(f"dtype is {dtype!r}; use {', '.join(DTYPES)} or auto.")
-    return parsed
 
 
 def locate_model(path: str) -> Path | None:
@@ -156,23 +133,16 @@ def _load_checkpoint(
         model = load_model(base, dtype=dtype or "auto", **options, **heads, **overrides)
         merge_adapters(model, reader, settings["lora_alpha"] / settings["r"])
         return model
-    _apply_overrides(config, overrides, str(location))
+    apply_overrides(config, overrides, str(location))
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype, **options)
+    model.tie_weights()
     for name, parameter in model.named_parameters():
         if name not in reader.shapes:
             raise UserError(f"{location}: this checkpoint holds no {name}; was a file of it removed?")
         with torch.no_grad(), whole([parameter], modify=True):
             parameter.copy_(reader.weight(name))
     return model
-
-
-def _apply_overrides(config: PreTrainedConfig, overrides: dict, source: str) -> None:
-    """Set configuration fields that the model must already have."""
-    for name, value in overrides.items():
-        if not hasattr(config, name):
-            raise UserError(f"{source}: {type(config).__name__} has no setting {name}. Leave it out.")
-        setattr(config, name, value)
 
 
 def _load_pretrained(
@@ -185,7 +155,7 @@ def _load_pretrained(
     load: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=options["trust_remote_code"], **files)
-        _apply_overrides(config, overrides, source)
+        apply_overrides(config, overrides, source)
         options = options | files | {"config": config, "dtype": dtype or "auto"}
         if is_gguf:  # plain weights: packed ones can neither be trained nor saved
             options["quantization_config"] = GgufConfig(dequantize=True)
@@ -243,7 +213,7 @@ def _load_raw(
     config.tie_word_embeddings = _embeddings_tied(state, layout, path)
     config.dtype = dtype or state[EMBEDDING_KEYS[0]].dtype
     config._attn_implementation = attn_implementation
-    _apply_overrides(config, overrides, str(path))
+    apply_overrides(config, overrides, str(path))
     model_class = MODEL_CLASSES[layout.generation, layout.is_moe][1]
     try:
         with no_init_weights():
