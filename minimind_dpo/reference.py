@@ -118,15 +118,16 @@ class ReferenceCache:
     def __init__(self, directory: Path):
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
-        self._keys = np.zeros(0, dtype="V16")
-        self._rows: list[tuple[pa.ChunkedArray, int]] = []
+        self._keys = np.zeros(0, dtype="S16")
+        self._columns: list[pa.ChunkedArray] = []
+        self._where = np.zeros((0, 2), dtype=np.int32)  # of each key: its column and the row in it
         self.refresh()
 
     def refresh(self) -> None:
         """Index every chunk on disk; files are memory-mapped, not read. A damaged chunk is set aside."""
         keys: list[np.ndarray] = []
         columns: list[pa.ChunkedArray] = []
-        where: list[tuple[int, int]] = []
+        where: list[np.ndarray] = []
         for path in sorted(self.directory.glob("*.arrow")):
             try:
                 table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
@@ -136,11 +137,13 @@ class ReferenceCache:
                 path.unlink(missing_ok=True)
                 continue
             keys.append(chunk_keys)
-            where += [(len(columns), row) for row in range(len(chunk_keys))]
+            where.append(np.stack(
+                [np.full(len(chunk_keys), len(columns)), np.arange(len(chunk_keys))], axis=1).astype(np.int32))
             columns.append(table["logps"])
         flat = np.concatenate(keys) if keys else np.zeros(0, dtype="V16")
         self._keys, first = np.unique(_sortable(flat), return_index=True)
-        self._rows = [(columns[where[index][0]], where[index][1]) for index in first]
+        self._columns = columns
+        self._where = np.concatenate(where)[first] if where else self._where[:0]
 
     def __contains__(self, key: bytes) -> bool:
         return self._find(key) is not None
@@ -159,8 +162,8 @@ class ReferenceCache:
         index = self._find(key)
         if index is None:
             raise KeyError(key.hex())
-        column, row = self._rows[index]
-        return column[row].values.to_numpy(zero_copy_only=False)
+        column, row = self._where[index]
+        return self._columns[column][int(row)].values.to_numpy(zero_copy_only=False)
 
     def write_chunk(self, keys: Sequence[bytes], logps: Sequence[np.ndarray]) -> None:
         """Store one chunk atomically under a name made of its keys."""

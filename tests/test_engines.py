@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
+from helpers_data import tiny_tokenizer
+from helpers_model import tiny_model
 from helpers_run import (
     REPOSITORY,
     Inputs,
@@ -102,6 +105,34 @@ def test_reference_modes_agree(workspace: Path, engine: str | None, reference: s
         for side in ("chosen", "rejected"):
             reference_logps = [line[f"logps/{side}"] - line[f"rewards/{side}"] / 0.5 for line in (ours, theirs)]
             assert reference_logps[0] == pytest.approx(reference_logps[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["minimind_moe", "qwen3_moe"])
+def test_mixtures_of_experts_are_sharded_too(workspace: Path, kind: str) -> None:
+    """Experts are chosen by data, so ranks would gather in different orders; none may wait for ever."""
+    tokenizer = tiny_tokenizer()
+    model = workspace / kind
+    tiny_model(kind, vocab_size=len(tokenizer)).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    options = {"model_name_or_path": model, "num_train_epochs": 1, "reference": "live"}
+    single = trained(workspace, None, f"single-{kind}", **options)
+    assert train_lines(single)[0]["aux_loss"] > 0
+    assert_same_run(trained(workspace, "ds_zero3_cpu", f"zero3-{kind}", **options), single)
+
+
+@pytest.mark.parametrize("engine", [None, "ds_zero2_cpu", "ds_zero3_cpu"])
+def test_an_offloaded_reference_is_a_layer_on_the_device(workspace: Path, engine: str | None) -> None:
+    """Counted at every operation of a forward pass; between passes nothing is there."""
+    tiny_model("llama", num_hidden_layers=8).save_pretrained(workspace / "deep")
+    words = command([str(workspace / "deep"), str(workspace / "unused")], engine)
+    at = words.index("minimind_dpo.train") - 1
+    words[at : at + 2] = ["tests/programs/held_by_reference.py"]
+    result = subprocess.run(words, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    found = re.search(r"HELD stage=(\w+) whole=(\d+) largest=(\d+) most=(\d+) between=(\d+)", result.stdout)
+    assert found, result.stderr
+    whole, largest, most, between = map(int, found.groups()[1:])
+    assert 0 < most <= largest < whole / 2
+    assert between == 0
 
 
 @pytest.mark.parametrize("engine", ["ds_zero2_cpu", "ds_zero3_cpu"])
