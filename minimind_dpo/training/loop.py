@@ -166,7 +166,7 @@ def _optimizer_step(run: Run, step: int, batches: Batches) -> tuple[list[float],
         with accumulate(accelerator, run.scorer, last):
             losses, aux_losses, batch_sums = score_batch(
                 run.scorer, run.reference, batch.to(accelerator.device), run.config)
-            backward(accelerator, (losses + aux_losses).sum() * (scale * counted), last)
+            backward(accelerator, (losses + aux_losses).sum().float() * (scale * counted), last)
         sums += batch_sums * counted
     own = torch.cat([sums, torch.tensor([float(bool(run.stop))], dtype=sums.dtype, device=sums.device)])
     *totals, stops = accelerator.reduce(own, "sum").tolist()

@@ -52,10 +52,10 @@ def build_run(
     steps = total_steps(order.num_pairs, order.global_batch, config.num_train_epochs, config.max_steps)
     needed = [(train_data.dataset, _positions(order, steps)),
               *([(eval_data.dataset, range(len(eval_data.dataset)))] if eval_data else [])]
+    stop.listen()
+    loaded = load_reference(config, accelerator, policy, load)  # from CPU memory, before the policy moves
     if not is_sharded(accelerator):
         policy.to(accelerator.device)  # type: ignore[arg-type]
-    stop.listen()
-    loaded = load_reference(config, accelerator, policy, load)
     scorer, optimizer = prepare(accelerator, *_trainable(config, policy))
     layout = choose_layout(unwrap(scorer), config.attn_implementation, accelerator.device)
     reference = make_reference(config, accelerator, loaded, unwrap(scorer), layout, needed, stop.__bool__)
