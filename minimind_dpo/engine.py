@@ -156,7 +156,9 @@ def freeze(accelerator: Accelerator, scorer: nn.Module, offload: bool) -> nn.Mod
     if plugin is not None and (offload or is_sharded(accelerator)):
         return zero.frozen_engine(scorer, zero.frozen_config(plugin.deepspeed_config, offload))
     if offload:
-        cpu_offload(scorer, execution_device=accelerator.device)
+        # accelerate loses sight of tied weights on a CPU with an index
+        device = torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device
+        cpu_offload(scorer, execution_device=device)
         return scorer
     return scorer.to(accelerator.device, dtype=scoring_dtype(accelerator))
 

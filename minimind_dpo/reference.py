@@ -243,7 +243,8 @@ class CacheFiller:
                 complete = all(pair_key(row) in self.cache for row in rows)
             if self.together and self._any(not complete):
                 dataset, positions = chunks[first]
-                self._score(rows or [dataset[int(positions[0])]], math.ceil(_CHUNK_PAIRS / self.batch_size),
+                longest = max(len(chunk) for _, chunk in chunks[first : first + world_size])
+                self._score(rows or [dataset[int(positions[0])]], math.ceil(longest / self.batch_size),
                             keep=not complete)
             elif not complete:
                 self._score(rows, 0, keep=True)
