@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 
 # what makes two sessions the same run, beside the digests of data and reference
 _IDENTITY = ("loss_type", "beta", "label_smoothing", "learning_rate", "lr_scheduler_type", "warmup_ratio",
-             "weight_decay", "max_grad_norm", "shuffle", "seed", "lora_r", "lora_alpha", "lora_dropout")
+             "weight_decay", "max_grad_norm", "shuffle", "seed", "lora_r", "lora_alpha", "lora_dropout",
+             "lora_target_modules")
 
 
 def build_run(
