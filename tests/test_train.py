@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -259,3 +260,12 @@ def test_exit_codes(inputs: Inputs, tmp_path: Path, options: dict[str, str], cod
                          WANDB_BASE_URL="http://127.0.0.1:9")
     assert result.returncode == code and message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_peak_memory_is_the_programs_own() -> None:
+    """A process started from one of more than a GiB says what it needs itself."""
+    ballast = bytearray(b"x") * (1 << 30)
+    code = "from minimind_dpo.training.metrics import _peak_resident_kib; print(_peak_resident_kib())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert len(ballast) == 1 << 30
+    assert 50_000 < int(result.stdout) < 900_000, result.stderr

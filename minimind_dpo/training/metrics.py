@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,20 @@ def peak_memory_gib(accelerator: Accelerator) -> float:
     if accelerator.device.type == "cuda":
         own = torch.cuda.max_memory_allocated(accelerator.device) / 2**30
     else:
-        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        own = _peak_resident_kib() / 2**20
     return float(accelerator.gather(torch.tensor([own], device=accelerator.device)).max())
+
+
+def _peak_resident_kib() -> int:
+    """The process's peak resident memory, KiB.
+
+    Linux's own figure of the running program: `getrusage` counts in what the process was before it became this
+    program, which is as large as whatever started it.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text("utf-8"))):
+        return int(found[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class MetricsFile:
