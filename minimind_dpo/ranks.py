@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 import threading
 import time
@@ -17,6 +19,7 @@ from accelerate.utils import broadcast_object_list
 from minimind_dpo.errors import UserError, code_of, report
 
 _LEAVING_SECONDS = 60  # for a failed rank's teardown
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
@@ -53,7 +56,17 @@ def main_first(accelerator: Accelerator, task: str) -> Iterator[None]:
         _store().set(key, "done")
 
 
-main_first.calls = 0  # type: ignore[attr-defined]
+def end_with_launcher() -> None:
+    """Be killed when torchrun's agent, which started this rank, is: it has put its ranks into sessions of their own.
+
+    Without it they train on after `kill -9` of the launcher, beside the run that the user starts next. Linux only.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:  # it went before the kernel knew
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def leave_together(error: Exception) -> int:

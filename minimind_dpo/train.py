@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from accelerate.utils import set_seed
@@ -17,10 +18,10 @@ from minimind_dpo.data.tokenized import load_tokenizer
 from minimind_dpo.engine import make_accelerator
 from minimind_dpo.errors import EXIT_DONE, EXIT_STOPPED, StoppedEarly, UserError, exit_code
 from minimind_dpo.models.loading import locate_model
-from minimind_dpo.ranks import leave_together, on_main
+from minimind_dpo.ranks import end_with_launcher, leave_together, on_main
 from minimind_dpo.training.checkpoint import find_checkpoint
 from minimind_dpo.training.loop import train
-from minimind_dpo.training.run_directory import finish_run
+from minimind_dpo.training.run_directory import finish_run, held
 from minimind_dpo.training.setup import build_run
 from minimind_dpo.training.signals import StopRequest
 
@@ -37,6 +38,7 @@ def run(config: TrainConfig, last_act: bool = False) -> int:
     Raises:
         UserError: a mistake in the configuration, the data or the files named.
     """
+    end_with_launcher()
     accelerator = make_accelerator(config)
     logging.basicConfig(level=logging.WARNING if accelerator.is_main_process else logging.ERROR, format="%(message)s")
     if accelerator.is_main_process:
@@ -45,9 +47,10 @@ def run(config: TrainConfig, last_act: bool = False) -> int:
     disable_progress_bar()  # transformers' own, of shards read and written
     set_seed(config.seed, device_specific=True)
     try:
-        with StopRequest(last_act) as stop:
-            checkpoint = on_main(
-                accelerator, lambda: find_checkpoint(Path(config.output_dir) / "checkpoints", config.resume))
+        with StopRequest(last_act) as stop, ExitStack() as stack:
+            directory = Path(config.output_dir)
+            on_main(accelerator, lambda: stack.enter_context(held(directory)))
+            checkpoint = on_main(accelerator, lambda: find_checkpoint(directory / "checkpoints", config.resume))
             tokenizer = load_tokenizer(_tokenizer_path(config), config.trust_remote_code)
             training = build_run(config, accelerator, tokenizer, checkpoint, stop)
             train(training)

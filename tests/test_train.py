@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from helpers_run import (
     Inputs,
@@ -29,6 +30,7 @@ from helpers_run import (
 from minimind_dpo.config import load_config
 from minimind_dpo.errors import UserError
 from minimind_dpo.training.checkpoint import checkpoint_problem
+from minimind_dpo.training.run_directory import held
 
 CONTRACT_METRICS = {
     "step", "epoch", "pairs_seen", "loss", "dpo_loss", "aux_loss", "learning_rate", "grad_norm", "rewards/chosen",
@@ -158,6 +160,29 @@ def test_killed_again_and_again(inputs: Inputs, tmp_path: Path, accelerate: str 
     killed, whole = ([[line.get(name) for name in names] for line in lines(tmp_path / run)]
                      for run in ("killed", "undisturbed"))
     assert killed == whole
+
+
+def test_ranks_end_with_their_launcher(inputs: Inputs, tmp_path: Path) -> None:
+    """torchrun gives its ranks sessions of their own: killing it must not leave them training."""
+    flags = inputs.flags(tmp_path / "run", num_train_epochs=500)
+    process = subprocess.Popen(command(flags, "multi_cpu"), env=environment(), stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    _wait_for_progress(process, tmp_path / "run" / "metrics.jsonl")
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    assert len(ranks) >= 2
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(ranks, timeout=20)
+    assert not alive
+
+
+def test_one_run_a_directory(inputs: Inputs, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    with held(directory):
+        with pytest.raises(UserError, match=rf"is in use by another run \(process {os.getpid()} on "), \
+                held(directory, patience=0.3):
+            pass
+    assert train_here(inputs.flags(directory, max_steps=1)) == 0  # free again
 
 
 def _wait_for_progress(process: subprocess.Popen[bytes], metrics: Path) -> None:

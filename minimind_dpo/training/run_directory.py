@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import json
 import logging
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from accelerate import Accelerator
 
@@ -25,6 +29,45 @@ from minimind_dpo.training.loop import Run
 from minimind_dpo.training.metrics import MetricsFile, peak_memory_gib
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def held(directory: Path, patience: float = 30.0) -> Iterator[None]:
+    """Keep other runs out of a run directory; the kernel gives it free when this process ends, however it ends.
+
+    Args:
+        directory: made if need be.
+        patience: seconds to wait for a run that is about to end, as one that a signal has just stopped.
+
+    Raises:
+        UserError: another run holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("a+", encoding="utf-8") as file:
+        deadline = time.monotonic() + patience
+        while not _lock(file):
+            if time.monotonic() > deadline:
+                file.seek(0)
+                raise UserError(f"output_dir: {directory} is in use by another run ({file.read() or 'unknown'}); wait "
+                                "for it to end, stop it, or choose another directory")
+            time.sleep(0.2)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def _lock(file: IO[str]) -> bool:
+    """Take the lock of an open file; False where another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        logger.warning("%s: this file system knows no locks; take care that no other run uses the directory", file.name)
+    return True
 
 
 def open_run(
