@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from minimind_dpo.data.batch import PairBatch, pack_pairs, pad_pairs
 from minimind_dpo.models.attention import use_pair_attention
+from minimind_dpo.models.fused import fuse, restrict_last_layer
+from minimind_dpo.models.head import split_head
 from minimind_dpo.models.router import router_aux_loss, router_settings
 
 logger = logging.getLogger(__name__)
@@ -43,23 +45,30 @@ class PairScorer(nn.Module):
         super().__init__()
         self.model = model
         self.router = router_settings(model.config)
+        fuse(model)
+        self._wanted = restrict_last_layer(model)
+        self._split = split_head(model)
+        self.fast = False  # until `choose_layout` has seen that it changes nothing
 
     def forward(self, batch: PairBatch) -> PairScores:
         """Score a batch; the language model head runs only where the next token counts."""
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
         if batch.segments is not None:
-            inputs |= {"pair_segments": batch.segments, "logits_to_keep": batch.logit_positions}
+            inputs["pair_segments"] = batch.segments
         else:
-            counted = torch.zeros(batch.input_ids.numel(), dtype=torch.bool, device=batch.input_ids.device)
-            counted[batch.logit_positions] = True
-            inputs |= {"attention_mask": batch.attention_mask,
-                       "logits_to_keep": counted.view_as(batch.input_ids)}
+            inputs["attention_mask"] = batch.attention_mask
         wants_router = self.router is not None and self.training
         if wants_router:
             inputs["output_router_logits"] = True
-        output = self.model(**inputs)
-        logits = output.logits.flatten(0, -2).float()
-        logps = -F.cross_entropy(logits, batch.target_ids, reduction="none")
+        if self.fast and self._split is not None:
+            decoder, head = self._split
+            self._wanted.positions = None if wants_router else batch.state_positions
+            output = decoder(**inputs)
+            logps = head(output.last_hidden_state.flatten(0, -2)[batch.logit_positions], batch.target_ids)
+        else:
+            self._wanted.positions = None
+            output = self.model(**inputs, logits_to_keep=_kept(batch))
+            logps = -F.cross_entropy(output.logits.flatten(0, -2).float(), batch.target_ids, reduction="none")
         return PairScores(logps[batch.token_index],
                           self._aux_losses(output, batch) if wants_router else logps.new_zeros(len(batch)))
 
@@ -80,42 +89,51 @@ def sum_per_side(per_token_logps: Tensor, batch: PairBatch) -> tuple[Tensor, Ten
     return sums[:, 0], sums[:, 1]
 
 
+@torch.no_grad()
 def choose_layout(scorer: PairScorer, attn_implementation: str, device: torch.device) -> PairLayout:
     """Decide between the packed and the plain layout, and set the model's attention accordingly.
 
-    `pairs` takes the packed layout where a probe pair scores the same in both layouts. A model that fails it
-    (recurrent or state-space layers, an attention of its own) gets the plain layout, with a notice.
+    Two probe pairs are scored by the model's own forward pass in the plain layout. Whatever is faster is used where it
+    gives the same: the head on its own (`models/head.py`; a model may scale or cap its logits afterwards), and with
+    `pairs` the packed layout. A model that fails at the latter (recurrent or state-space layers, an attention of its
+    own) gets the plain layout, with a notice.
     """
-    if attn_implementation != "pairs":
-        return pad_pairs
-    if _packs(scorer, device):
-        return pack_pairs
-    logger.warning("%s cannot attend over packed pairs: each side gets a padded row of its own",
-                   type(scorer.model).__name__)
+    model, training = scorer.model, scorer.training
+    original = model.config._attn_implementation
+    scorer.eval()
+    scorer.fast = False
+    try:
+        plain = scorer(pad_pairs(_probe_rows(model)).to(device)).per_token_logps
+        scorer.fast = True
+        scorer.fast = _agrees(scorer, pad_pairs, plain)
+        if attn_implementation != "pairs":
+            return pad_pairs
+        if use_pair_attention(model) and _agrees(scorer, pack_pairs, plain):
+            return pack_pairs
+        model.set_attn_implementation(original)
+    finally:
+        scorer.train(training)
+    logger.warning("%s cannot attend over packed pairs: each side gets a padded row of its own", type(model).__name__)
     return pad_pairs
 
 
-@torch.no_grad()
-def _packs(scorer: PairScorer, device: torch.device) -> bool:
-    """Switch to pair attention if two small made-up pairs then score as the model's own attention scores them plain."""
-    model = scorer.model
-    vocabulary = embedding_rows(model)
-    tokens = [(7 * i * i + 3 * i + 1) % vocabulary for i in range(24)]
-    rows = [_probe_row(tokens[:6], tokens[6:10], tokens[10:15]), _probe_row(tokens[15:18], tokens[18:21], tokens[21:])]
-    original, training = model.config._attn_implementation, scorer.training
-    scorer.eval()
+def _agrees(scorer: PairScorer, layout: PairLayout, expected: Tensor) -> bool:
+    """Whether the probe pairs in `layout` score as `expected`."""
     try:
-        plain = scorer(pad_pairs(rows).to(device)).per_token_logps
-        if use_pair_attention(model):
-            packed = scorer(pack_pairs(rows).to(device)).per_token_logps
-            if torch.allclose(packed, plain, rtol=1e-3, atol=1e-3 if model.dtype == torch.float32 else 0.1):
-                return True
+        scores = scorer(layout(_probe_rows(scorer.model)).to(expected.device)).per_token_logps
     except (TypeError, ValueError, NotImplementedError, RuntimeError, IndexError) as error:
-        logger.info("packed probe failed: %s", error)
-    finally:
-        scorer.train(training)
-    model.set_attn_implementation(original)
-    return False
+        logger.info("probe failed: %s", error)
+        return False
+    return torch.allclose(scores, expected, rtol=1e-3, atol=1e-3 if scorer.model.dtype == torch.float32 else 0.1)
+
+
+def _kept(batch: PairBatch) -> Tensor:
+    """Where a model's own forward pass has to apply its head: positions, or for rows of several a mask like them."""
+    if batch.segments is not None:
+        return batch.logit_positions
+    counted = torch.zeros(batch.input_ids.numel(), dtype=torch.bool, device=batch.input_ids.device)
+    counted[batch.logit_positions] = True
+    return counted.view_as(batch.input_ids)
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
@@ -123,6 +141,13 @@ def embedding_rows(model: PreTrainedModel) -> int:
     embeddings = model.get_input_embeddings()
     assert isinstance(embeddings, nn.Embedding)
     return embeddings.num_embeddings
+
+
+def _probe_rows(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """Two small made-up pairs."""
+    vocabulary = embedding_rows(model)
+    tokens = [(7 * i * i + 3 * i + 1) % vocabulary for i in range(24)]
+    return [_probe_row(tokens[:6], tokens[6:10], tokens[10:15]), _probe_row(tokens[15:18], tokens[18:21], tokens[21:])]
 
 
 def _probe_row(prefix: list[int], chosen: list[int], rejected: list[int]) -> dict[str, Any]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from helpers_model import random_row, tiny_model
+from helpers_model import VOCAB, random_row, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimind_dpo.data.batch import PairBatch, PairSegment, pack_pairs, pad_pairs, pair_key
 from minimind_dpo.losses import dpo_losses
-from minimind_dpo.models.attention import use_pair_attention
-from minimind_dpo.scoring import PairScorer, choose_layout, sum_per_side
+from minimind_dpo.models import head
+from minimind_dpo.models.router import router_aux_loss, router_settings
+from minimind_dpo.scoring import PairScorer, PairScores, choose_layout, sum_per_side
 
 KINDS = ["llama", "mistral_window", "qwen3", "qwen3_moe", "minimind_moe"]
 
@@ -56,15 +58,36 @@ def test_prefix_leaves_each_side_a_token_of_its_own() -> None:
     assert batch.target_ids.tolist() == [6, 7, 7, 8]
 
 
-def _score(kind: str, rows: list[dict[str, Any]], packed: bool) -> tuple[torch.Tensor, ...]:
+def _by_transformers(model: Any, batch: PairBatch) -> PairScores:
+    """The plain layout through the model's own modules and all logits: what every faster way has to equal."""
+    router = router_settings(model.config)
+    routed = {"output_router_logits": True} if router is not None else {}
+    output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **routed)
+    logits = output.logits.flatten(0, 1)[batch.logit_positions]
+    logps = logits.log_softmax(dim=-1).gather(1, batch.target_ids[:, None])[:, 0][batch.token_index]
+    if router is None:
+        return PairScores(logps, torch.zeros(len(batch)))
+    aux = router_aux_loss(output.router_logits, batch.sequences, kind=router.kind, top_k=router.top_k,
+                          coefficient=router.coefficient)
+    return PairScores(logps, aux.view(-1, 2).mean(dim=1))
+
+
+def _score(kind: str, rows: list[dict[str, Any]], layout: Any, fast: bool) -> tuple[torch.Tensor, ...]:
     """Losses, router losses, log-probabilities of policy and reference, and all gradients of one step."""
     policy, ref_model = tiny_model(kind, seed=1), tiny_model(kind, seed=2)
-    batch: PairBatch = (pack_pairs if packed else pad_pairs)(rows)
-    if packed:
-        assert use_pair_attention(policy) and use_pair_attention(ref_model)
-    scores = PairScorer(policy.train())(batch)
+    batch: PairBatch = layout(rows)
+
+    def score(model: Any) -> PairScores:
+        if not fast:
+            return _by_transformers(model, batch)
+        scorer = PairScorer(model)
+        assert choose_layout(scorer, "pairs" if layout is pack_pairs else "sdpa", torch.device("cpu")) is layout
+        assert scorer.fast
+        return scorer(batch)
+
+    scores = score(policy.train())
     with torch.no_grad():
-        ref_logps = sum_per_side(PairScorer(ref_model.eval())(batch).per_token_logps, batch)
+        ref_logps = sum_per_side(score(ref_model.eval()).per_token_logps, batch)
     policy_logps = sum_per_side(scores.per_token_logps, batch)
     losses = dpo_losses(*policy_logps, *ref_logps, chosen_tokens=batch.chosen_tokens,
                         rejected_tokens=batch.rejected_tokens, loss_type="sigmoid_norm", beta=0.5)
@@ -78,12 +101,16 @@ def _score(kind: str, rows: list[dict[str, Any]], packed: bool) -> tuple[torch.T
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 14), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4),
-    mask=st.sampled_from(["final_turn", "all_assistant"]), seed=st.integers(0, 1000))
-def test_packed_equals_plain(kind: str, lengths: list[tuple[int, int, int]], mask: str, seed: int) -> None:
+    mask=st.sampled_from(["final_turn", "all_assistant"]), seed=st.integers(0, 1000),
+    head_rows=st.sampled_from([1, 7, 10_000]), layout=st.sampled_from([pack_pairs, pack_pairs, pad_pairs]))
+def test_every_fast_way_equals_plain(
+    kind: str, lengths: list[tuple[int, int, int]], mask: str, seed: int, head_rows: int, layout: Any
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     rows = [random_row(generator, prefix=p, chosen=c, rejected=r, mask=mask) for p, c, r in lengths]
-    packed, plain = _score(kind, rows, packed=True), _score(kind, rows, packed=False)
-    for ours, oracle in zip(packed, plain, strict=True):
+    with mock.patch.object(head, "CHUNK_ELEMENTS", head_rows * VOCAB):
+        fast = _score(kind, rows, layout, fast=True)
+    for ours, oracle in zip(fast, _score(kind, rows, pad_pairs, fast=False), strict=True):
         assert (ours - oracle).norm() <= 1e-5 * oracle.norm() + 1e-7
 
 

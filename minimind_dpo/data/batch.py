@@ -53,6 +53,7 @@ class PairBatch:
         segments: one a pair; packed layout only.
         logit_positions: [K] positions in the flattened rows whose next token counts.
         target_ids: [K] those next tokens.
+        state_positions: [S] the same positions ascending, each once.
         token_index: [M] for each counted token in canonical order its entry in the K; a counted token of the
             shared prefix appears for both sides.
         chosen_tokens, rejected_tokens: [B] counted tokens of each side; their sum is M.
@@ -70,6 +71,7 @@ class PairBatch:
     segments: tuple[PairSegment, ...] | None
     logit_positions: Tensor
     target_ids: Tensor
+    state_positions: Tensor
     token_index: Tensor
     chosen_tokens: Tensor
     rejected_tokens: Tensor
@@ -192,7 +194,8 @@ def _batch(
     tokens = torch.tensor(counts)
     return PairBatch(
         input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, segments=segments,
-        logit_positions=_row(logit_positions)[0], target_ids=_row(target_ids)[0], token_index=_row(token_index)[0],
+        logit_positions=_row(logit_positions)[0], target_ids=_row(target_ids)[0],
+        state_positions=torch.from_numpy(np.unique(np.concatenate(logit_positions))), token_index=_row(token_index)[0],
         chosen_tokens=tokens[:, 0], rejected_tokens=tokens[:, 1],
         side_sizes=tuple(size for pair in counts for size in pair),
         sequences=tuple(torch.from_numpy(sequence) for sequence in sequences),

@@ -1,0 +1,135 @@
+"""RMSNorm and SwiGLU as single autograd nodes, and a last layer that works only where a logit is wanted.
+
+Left to autograd an RMSNorm is five operations forward and a dozen backward, each of which reads and writes the whole
+hidden state, and a third of what a step keeps for its backward pass is their intermediate results.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+_BLOCK = 1 << 18  # elements a block of SwiGLU's backward pass: its operands stay in a core's cache
+
+
+class _RmsNorm(torch.autograd.Function):
+    """weight * x / sqrt(mean(x^2) + eps) over the last dimension (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4).
+
+    Keeps x and one number a row.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
+        x, weight, inverse = ctx.saved_tensors
+        normalised = x * inverse
+        product = grad * normalised
+        projection = (product @ weight).div_(x.shape[-1]).unsqueeze(-1)
+        grad_x = (grad * weight).addcmul_(normalised, projection, value=-1).mul_(inverse)
+        grad_weight = product.flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, None
+
+
+class _SwiGlu(torch.autograd.Function):
+    """silu(gate) * up (Shazeer 2020, arXiv:2002.05202, eq. 5). Keeps its inputs only."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        gate, up = ctx.saved_tensors
+        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+        rows = max(1, _BLOCK // gate.shape[-1]) if gate.device.type == "cpu" else gate.numel()
+        flat = (tensor.flatten(0, -2).split(rows) for tensor in (grad, gate, up, grad_gate, grad_up))
+        for d, g, u, to_gate, to_up in zip(*flat, strict=True):
+            sigmoid = torch.sigmoid(g)  # once: its exponential costs more than all the rest
+            torch.mul(g, sigmoid, out=to_up)
+            torch.add(sigmoid, to_up, out=to_gate).addcmul_(to_up, sigmoid, value=-1).mul_(d).mul_(u)
+            to_up *= d
+        return grad_gate, grad_up
+
+
+def _rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
+    if hidden_states.dtype != torch.float32 or self.weight.dtype != torch.float32:
+        return type(self).forward(self, hidden_states)  # which decides where to round
+    return _RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon)
+
+
+def _swiglu_mlp(self: Any, x: Tensor) -> Tensor:
+    return self.down_proj(_SwiGlu.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+class WantedRows:
+    """Which rows of the hidden states a model's last layer works out.
+
+    Attributes:
+        positions: [S] ascending positions in the flattened rows; None for all.
+    """
+
+    positions: Tensor | None = None
+
+
+def restrict_last_layer(model: PreTrainedModel) -> WantedRows:
+    """Let the last layer's token-wise parts work on the wanted rows only.
+
+    Past the last attention no token looks at another, so rows without a logit are of no use; left out they count 0.
+    The keys and values of the last layer are made of all rows.
+    """
+    wanted = WantedRows()
+    layers = getattr(model.get_decoder(), "layers", None)
+    if layers:
+        for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp"):
+            try:
+                module = layers[-1].get_submodule(name)
+            except AttributeError:
+                continue
+            module.forward = partial(_on_wanted_rows, wanted, module.forward)
+    return wanted
+
+
+def _on_wanted_rows(wanted: WantedRows, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    if wanted.positions is None:
+        return forward(x)
+    rows = forward(x.flatten(0, -2)[wanted.positions][None])[0]
+    output = rows.new_zeros(x.shape[:-1].numel(), rows.shape[-1])
+    return output.index_copy(0, wanted.positions, rows).view(*x.shape[:-1], -1)
+
+
+def fuse(model: PreTrainedModel) -> None:
+    """Give a model's modules the forms above where they compute just that: their own forward has Llama's source."""
+    kinds = {type(module) for module in model.modules()}
+    norms, mlps = ({kind for kind in kinds if _same_forward(kind, wanted)} for wanted in (LlamaRMSNorm, LlamaMLP))
+    for module in model.modules():
+        if type(module) in norms:
+            module.forward = MethodType(_rms_norm, module)
+        elif type(module) in mlps and _is_silu(module.act_fn):
+            module.forward = MethodType(_swiglu_mlp, module)
+
+
+def _same_forward(kind: type[nn.Module], wanted: type[nn.Module]) -> bool:
+    """Whether two classes' forward methods are the same text; transformers copies them from model to model."""
+    if not kind.__module__.startswith("transformers."):
+        return False
+    return inspect.getsource(kind.forward) == inspect.getsource(wanted.forward)
+
+
+def _is_silu(activation: Any) -> bool:
+    return isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
