@@ -12,6 +12,7 @@ from minimind_dpo.errors import EXIT_DONE, EXIT_USAGE, exit_code
 # verb -> (module, function of the remaining arguments, one line of help)
 VERBS = {
     "train": ("minimind_dpo.train", "main", "train a model on preference pairs"),
+    "precompute": ("minimind_dpo.precompute", "main", "fill the reference cache that train reads"),
     "demo": ("minimind_dpo.demo.run", "run_demo", "train the embedded demo and show replies before and after"),
     "data inspect": ("minimind_dpo.data.inspect", "run_inspect", "show a pair as the model sees it"),
     "export": ("minimind_dpo.export", "run_export", "write a model for transformers or for MiniMind"),

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from accelerate import Accelerator
+from torch import nn
 from transformers import PreTrainedModel
 
 from minimind_dpo.config import TrainConfig
 from minimind_dpo.engine import freeze, is_sharded, loading_reference, release, scoring_dtype, unwrap
 from minimind_dpo.errors import UserError
+from minimind_dpo.ranks import on_main
 from minimind_dpo.reference import (
     AdapterReference,
     CachedReference,
     CacheFiller,
     LiveReference,
     Reference,
-    ReferenceCache,
-    cache_directory,
     reference_digest,
 )
+from minimind_dpo.reference_cache import Needed, ReferenceCache, cache_directory
 from minimind_dpo.scoring import PairLayout, PairScorer, choose_layout
 
 logger = logging.getLogger(__name__)
@@ -75,11 +77,15 @@ def load_reference(
 
 def make_reference(
     config: TrainConfig, accelerator: Accelerator, loaded: LoadedReference, policy: PairScorer, layout: PairLayout,
-    needed: list[tuple[Any, Any]], stop: Callable[[], bool],
+    needed: list[Needed], stop: Callable[[], bool],
 ) -> Reference:
     """The reference in its mode, for batches of `layout`; a cache is filled for the `needed` pairs first."""
     if loaded.mode == "adapter":
         return AdapterReference(policy, accelerator.autocast)
+    cache = make_cache(config, accelerator, loaded.digest, layout) if loaded.mode == "cache" else None
+    if cache is not None and open_complete(accelerator, cache, needed):
+        loaded.model = None
+        return CachedReference(cache)
     scorer: Any = policy
     if loaded.model is not None:
         scorer = freeze(accelerator, PairScorer(loaded.model), offload=loaded.mode == "offload")
@@ -87,15 +93,48 @@ def make_reference(
         if choose_layout(unwrap(scorer), config.attn_implementation, accelerator.device) is not layout:
             raise UserError("ref_model_name_or_path: this model cannot use the policy's batch layout; "
                             "set attn_implementation: sdpa")
-    if loaded.mode != "cache":
+    if cache is None:
         return LiveReference(scorer, accelerator.autocast)
-    cache = ReferenceCache(cache_directory(loaded.digest, {
-        "precision": accelerator.mixed_precision, "weights": str(scoring_dtype(accelerator)),
-        "attention": config.attn_implementation, "layout": layout.__name__, "device": accelerator.device.type}))
     training = scorer.training
-    CacheFiller(cache, scorer.eval(), layout, accelerator, config.per_device_train_batch_size,
-                together=is_sharded(accelerator)).fill(needed, stop)
+    fill_cache(accelerator, cache, scorer.eval(), layout, needed, stop)
     scorer.train(training)
     if scorer is not policy:
         release(scorer)
     return CachedReference(cache)
+
+
+def make_cache(config: TrainConfig, accelerator: Accelerator, digest: str, layout: PairLayout) -> ReferenceCache:
+    """The cache of one reference under the numeric settings of the run, nothing opened yet."""
+    return ReferenceCache(cache_directory(digest, {
+        "precision": accelerator.mixed_precision, "weights": str(scoring_dtype(accelerator)),
+        "attention": config.attn_implementation, "layout": layout.__name__, "device": accelerator.device.type}))
+
+
+def open_complete(accelerator: Accelerator, cache: ReferenceCache, needed: Sequence[Needed]) -> bool:
+    """Open the cache if it is known to hold all of `needed`, without a look at the pairs. Collective."""
+    segments = on_main(accelerator, lambda: cache.marked(needed))
+    if segments is None:
+        return False
+    cache.open(segments)
+    logger.info("reference cache: all %d pairs are in %s", sum(len(part.positions) for part in needed), cache.directory)
+    return True
+
+
+def fill_cache(
+    accelerator: Accelerator, cache: ReferenceCache, scorer: nn.Module, layout: PairLayout, needed: Sequence[Needed],
+    stop: Callable[[], bool],
+) -> int:
+    """Score what the cache lacks of `needed` and open it; the number of pairs scored. Collective.
+
+    Raises:
+        StoppedEarly: `stop` said so on any rank; the next call goes on there.
+    """
+    filler = CacheFiller(cache, scorer, layout, accelerator, together=is_sharded(accelerator))
+    scored = 0
+    for part in needed:
+        if on_main(accelerator, partial(cache.marked, [part])) is None:
+            scored += filler.fill(part, stop)
+    if not open_complete(accelerator, cache, needed):
+        raise UserError(f"reference cache: files of {cache.directory} went while it was filled; does another program "
+                        "clean up there?")
+    return scored

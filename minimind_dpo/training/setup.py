@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from minimind_dpo.errors import UserError
 from minimind_dpo.models.adapters import add_adapters
 from minimind_dpo.models.loading import load_model
 from minimind_dpo.ranks import main_first
+from minimind_dpo.reference_cache import Needed
 from minimind_dpo.scoring import PairScorer, choose_layout, embedding_rows
 from minimind_dpo.training.checkpoint import TrainerState, load_checkpoint, read_state, set_aside_later
 from minimind_dpo.training.loop import Run
@@ -44,33 +47,61 @@ def build_run(
         StoppedEarly: `stop` came while reference log-probabilities were computed.
     """
     policy = load(config, config.model_name_or_path)
-    _check_vocabulary(policy, tokenizer)
-    with main_first(accelerator, "tokenize"):
-        train_data = _tokenize(config, config.train_data, tokenizer)
-        eval_data = _tokenize(config, config.eval_data, tokenizer) if config.eval_data else None
-    order = PairOrder(len(train_data.dataset), config.per_device_train_batch_size
-                      * config.gradient_accumulation_steps * accelerator.num_processes, config.seed, config.shuffle)
-    steps = total_steps(order.num_pairs, order.global_batch, config.num_train_epochs, config.max_steps)
-    needed = [(train_data.dataset, _positions(order, steps)),
-              *([(eval_data.dataset, range(len(eval_data.dataset)))] if eval_data else [])]
+    check_vocabulary(policy, tokenizer)
+    data = load_data(config, accelerator, tokenizer)
+    order, steps = data.order, data.steps
     stop.listen()
     loaded = load_reference(config, accelerator, policy, load)  # from CPU memory, before the policy moves
     if not is_sharded(accelerator):
         policy.to(accelerator.device)  # type: ignore[arg-type]
     scorer, optimizer = prepare(accelerator, *_trainable(config, policy))
     layout = choose_layout(unwrap(scorer), config.attn_implementation, accelerator.device)
-    reference = make_reference(config, accelerator, loaded, unwrap(scorer), layout, needed, stop.__bool__)
+    reference = make_reference(config, accelerator, loaded, unwrap(scorer), layout, data.needed(),
+                               stop.__bool__)
     identity = {name: getattr(config, name) for name in _IDENTITY} | {
         "global_batch": order.global_batch, "mixed_precision": accelerator.mixed_precision,
-        "train_data_digest": train_data.digest, "reference_digest": loaded.digest}
+        "train_data_digest": data.train.digest, "reference_digest": loaded.digest}
     state = TrainerState(total_steps=steps, identity=identity)
     if checkpoint is not None:
         state = _resume(accelerator, checkpoint, state, Path(config.output_dir) / "checkpoints", scorer, optimizer)
     metrics = open_run(config, accelerator, state, resumed=checkpoint is not None)
     logger.info("%d pairs, %d optimizer steps of %d pairs on %d process(es)",
                 order.num_pairs, steps, order.global_batch, accelerator.num_processes)
-    return Run(config, accelerator, scorer, optimizer, reference, layout, train_data, eval_data, order, metrics, state,
+    return Run(config, accelerator, scorer, optimizer, reference, layout, data.train, data.eval, order, metrics, state,
                stop, tokenizer)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The tokenised pairs of a run and which of them it trains on, when.
+
+    Attributes:
+        train: training pairs.
+        eval: held-out pairs, if there are any.
+        order: of the training pairs.
+        steps: optimizer steps of the run.
+    """
+
+    train: TokenizedData
+    eval: TokenizedData | None
+    order: PairOrder
+    steps: int
+
+    def needed(self) -> list[Needed]:
+        """The pairs that need reference log-probabilities."""
+        held_out = [] if self.eval is None else [Needed(self.eval, range(len(self.eval)))]
+        return [Needed(self.train, _positions(self.order, self.steps)), *held_out]
+
+
+def load_data(config: TrainConfig, accelerator: Accelerator, tokenizer: Any) -> Data:
+    """Tokenise the data on the main process, or find it tokenised. Collective."""
+    with main_first(accelerator, "tokenize"):
+        train = _tokenize(config, config.train_data, tokenizer)
+        held_out = _tokenize(config, config.eval_data, tokenizer) if config.eval_data else None
+    order = PairOrder(len(train), config.per_device_train_batch_size
+                      * config.gradient_accumulation_steps * accelerator.num_processes, config.seed, config.shuffle)
+    steps = total_steps(order.num_pairs, order.global_batch, config.num_train_epochs, config.max_steps)
+    return Data(train, held_out, order, steps)
 
 
 def load(config: TrainConfig, path: str) -> PreTrainedModel:
@@ -94,8 +125,9 @@ def _trainable(config: TrainConfig, policy: PreTrainedModel) -> tuple[PairScorer
     return scorer, make_optimizer(scorer, config.learning_rate, config.weight_decay)
 
 
-def _check_vocabulary(policy: PreTrainedModel, tokenizer: Any) -> None:
-    rows = embedding_rows(policy)
+def check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
+    """Refuse a tokenizer with more tokens than the model embeds."""
+    rows = embedding_rows(model)
     if len(tokenizer) > rows:
         raise UserError(f"tokenizer_name_or_path: the tokenizer has {len(tokenizer)} tokens but the model "
                         f"embeds only {rows}; name the tokenizer the model was trained with")
@@ -106,11 +138,12 @@ def _tokenize(config: TrainConfig, source: list[str], tokenizer: Any) -> Tokeniz
                           on_bad_row=config.on_bad_row)
 
 
-def _positions(order: PairOrder, steps: int) -> np.ndarray:
+def _positions(order: PairOrder, steps: int) -> Sequence[int]:
     """Dataset positions that a run of `steps` will train on, ascending."""
     if steps >= order.steps_per_epoch:
-        return np.arange(order.num_pairs)
-    return np.unique(np.concatenate([order.step_pairs(step) for step in range(1, steps + 1)]))
+        return range(order.num_pairs)
+    chosen = np.concatenate([order.step_pairs(step) for step in range(1, steps + 1)])
+    return np.unique(chosen)  # type: ignore[return-value]
 
 
 def _resume(
