@@ -82,6 +82,8 @@ class TrainConfig:
     resume: str = _option("auto", "auto: newest complete checkpoint of output_dir | never | PATH of one")
     report_to: str = _option("none", " | ".join(TRACKERS))
     run_name: str | None = _option(None, "name of the run in the tracker")
+    dataloader_num_workers: int | None = _option(
+        None, "processes that lay out batches ahead; by default none on a CPU, 2 beside a GPU")
     ddp_timeout: int = _option(1800, "seconds that a rank waits for another before the run fails")
     seed: int = _option(42, "seed of the order and of dropout")
 
@@ -96,7 +98,7 @@ _POSITIVE = ("max_length", "per_device_train_batch_size", "gradient_accumulation
              "logging_steps", "num_train_epochs", "eval_steps", "num_attention_heads", "lora_r", "lora_alpha",
              "ddp_timeout")
 _NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "save_steps", "save_total_limit", "warmup_ratio", "seed",
-                 "label_smoothing", "lora_dropout")
+                 "label_smoothing", "lora_dropout", "dataloader_num_workers")
 _CHOICES = {
     "completion_mask": COMPLETION_MASKS, "on_bad_row": BAD_ROW_POLICIES, "loss_type": LOSS_TYPES,
     "reference": REFERENCES, "lr_scheduler_type": LR_SCHEDULER_TYPES, "report_to": TRACKERS,

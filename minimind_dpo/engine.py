@@ -191,23 +191,27 @@ def backward(accelerator: Accelerator, loss: Tensor, last: bool) -> None:
 
 
 def apply_gradients(
-    accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, max_grad_norm: float
-) -> float:
+    accelerator: Accelerator, model: nn.Module, optimizer: Any, max_grad_norm: float
+) -> Tensor:
     """Clip the accumulated gradients to a norm of `max_grad_norm` (0: leave them) and take the optimizer's step.
 
+    Nothing here waits for the device.
+
     Returns:
-        The gradient norm before clipping. If it is not finite the weights are left as they were, but under DeepSpeed
-        in fp32 or bf16, which knows the norm only after its step.
+        The gradient norm before clipping, a scalar. If it is not finite the weights are left as they were, but under
+        DeepSpeed in fp32 or bf16, which knows the norm only after its step.
     """
     engine = _deepspeed(accelerator)
     if engine is not None:
         engine.step()
-        return float(engine.get_global_grad_norm())
+        return torch.as_tensor(engine.get_global_grad_norm())
     norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
-    if torch.isfinite(norm) or can_skip_steps(accelerator):
-        optimizer.step()
+    assert norm is not None
+    if not can_skip_steps(accelerator):  # else the scaler says so
+        optimizer.optimizer.found_inf = (~norm.isfinite()).float()  # the fused kernel then skips its step
+    optimizer.step()
     optimizer.zero_grad()
-    return float(norm)
+    return norm
 
 
 def _deepspeed(accelerator: Accelerator) -> Any:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -12,6 +9,7 @@ from torch import Tensor, nn
 from minimind_dpo.config import TrainConfig
 from minimind_dpo.data.batch import PairBatch
 from minimind_dpo.data.order import PairOrder, split_step
+from minimind_dpo.data.tokenized import TokenizedData
 from minimind_dpo.losses import dpo_losses
 from minimind_dpo.reference import Reference
 from minimind_dpo.scoring import PairLayout, sum_per_side
@@ -40,19 +38,21 @@ def score_batch(
 
 @torch.no_grad()
 def evaluate(
-    accelerator: Accelerator, scorer: nn.Module, reference: Reference, dataset: Any, layout: PairLayout,
+    accelerator: Accelerator, scorer: nn.Module, reference: Reference, data: TokenizedData, layout: PairLayout,
     config: TrainConfig,
 ) -> dict[str, float]:
-    """Score every pair of `dataset` once and return its metrics under `eval_` names; every rank must call it."""
+    """Score every pair of `data` once and return its metrics under `eval_` names; every rank must call it."""
     was_training = scorer.training
     scorer.eval()
     world_size, rank = accelerator.num_processes, accelerator.process_index
     size = config.per_device_train_batch_size
-    order = PairOrder(len(dataset), size * world_size, seed=0, shuffle=False)
+    order = PairOrder(len(data), size * world_size, seed=0, shuffle=False)
     sums = empty_sums(accelerator.device)
-    for step in range(1, math.ceil(len(dataset) / order.global_batch) + 1):
-        for micro_batch in split_step(order.step_pairs(step), world_size=world_size, rank=rank, micro_batch_size=size):
-            batch = layout([dataset[pair] for pair in micro_batch.pairs]).to(accelerator.device)
+    for step in range(1, order.steps_per_epoch + 1):
+        pairs = order.step_pairs(step)
+        for micro_batch in split_step(
+                pairs, data.tokens[pairs], world_size=world_size, rank=rank, micro_batch_size=size):
+            batch = layout([data.dataset[pair] for pair in micro_batch.pairs]).to(accelerator.device)
             *_, batch_sums = score_batch(scorer, reference, batch, config)
             sums += batch_sums * micro_batch.counted
     scorer.train(was_training)

@@ -18,11 +18,36 @@ def test_file_order_without_shuffle() -> None:
 
 
 def test_split_by_hand() -> None:
-    pairs = np.arange(5)
-    first = split_step(pairs, world_size=2, rank=0, micro_batch_size=1)
-    second = split_step(pairs, world_size=2, rank=1, micro_batch_size=1)
-    assert first == [MicroBatch([0]), MicroBatch([2]), MicroBatch([4])]
-    assert second == [MicroBatch([1]), MicroBatch([3]), MicroBatch([0], counted=False)]
+    """Longest first: 9 | 7 | 6 | 5, then 4 joins 5 and 2 joins 6; loads 9 9 8 7, a slot's together."""
+    pairs, tokens = np.arange(10, 16), np.array([5, 9, 2, 7, 4, 6])
+    first = split_step(pairs, tokens, world_size=2, rank=0, micro_batch_size=2)
+    second = split_step(pairs, tokens, world_size=2, rank=1, micro_batch_size=2)
+    assert first == [MicroBatch([11]), MicroBatch([13])]
+    assert second == [MicroBatch([10, 14]), MicroBatch([12, 15])]
+
+
+def test_a_rank_without_pairs_runs_the_shortest() -> None:
+    """Five pairs, six micro-batches of one: the last slot runs backwards, so that no rank always has the most."""
+    pairs, tokens = np.arange(5), np.array([3, 1, 4, 1, 5])
+    first = split_step(pairs, tokens, world_size=2, rank=0, micro_batch_size=1)
+    second = split_step(pairs, tokens, world_size=2, rank=1, micro_batch_size=1)
+    assert first == [MicroBatch([4]), MicroBatch([1]), MicroBatch([3])]
+    assert second == [MicroBatch([2]), MicroBatch([0]), MicroBatch([1], counted=False)]
+
+
+def test_one_micro_batch_keeps_the_order() -> None:
+    pairs, tokens = np.array([7, 2, 5]), np.array([1, 3, 2])
+    assert split_step(pairs, tokens, world_size=1, rank=0, micro_batch_size=4) == [MicroBatch([7, 2, 5])]
+
+
+@given(lengths=st.lists(st.integers(1, 2000), min_size=16, max_size=16))
+def test_ranks_have_like_amounts_of_tokens(lengths: list[int]) -> None:
+    """No rank has more than the mean and one longest pair (what the greedy rule guarantees, room permitting)."""
+    tokens = np.array(lengths)
+    loads = [sum(int(tokens[pair]) for batch in split_step(
+        np.arange(16), tokens, world_size=4, rank=rank, micro_batch_size=16) for pair in batch.pairs)
+        for rank in range(4)]
+    assert sum(loads) == tokens.sum() and max(loads) <= tokens.sum() / 4 + tokens.max()
 
 
 @given(num_pairs=st.integers(1, 60), micro=st.integers(1, 5), accumulation=st.integers(1, 4), world=st.integers(1, 4),
@@ -35,7 +60,9 @@ def test_every_epoch_counts_every_pair_once(
         seen: list[int] = []
         for within in range(1, order.steps_per_epoch + 1):
             pairs = order.step_pairs(epoch * order.steps_per_epoch + within)
-            ranks = [split_step(pairs, world_size=world, rank=rank, micro_batch_size=micro) for rank in range(world)]
+            tokens = 1 + pairs * 7 % 50
+            ranks = [split_step(pairs, tokens, world_size=world, rank=rank, micro_batch_size=micro)
+                     for rank in range(world)]
             assert len({len(batches) for batches in ranks}) == 1 and len(ranks[0]) <= accumulation
             counted = [pair for batches in ranks for batch in batches if batch.counted for pair in batch.pairs]
             assert sorted(counted) == sorted(pairs.tolist())

@@ -16,7 +16,7 @@ tokens of the chosen side, then those of the rejected side.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -84,17 +84,23 @@ class PairBatch:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def pin_memory(self) -> PairBatch:
+        """The same batch in memory that a GPU reads by itself (what DataLoader asks of a batch)."""
+        return self._moved(Tensor.pin_memory)
+
     def to(self, device: torch.device | str) -> PairBatch:
         """The same batch with every tensor on `device`."""
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(value: Any) -> Any:
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> PairBatch:
+        def moved(value: Any) -> Any:
             if isinstance(value, Tensor):
-                return value.to(device, non_blocking=True)
+                return move(value)
             if isinstance(value, tuple) and value and isinstance(value[0], Tensor):
-                return tuple(move(item) for item in value)
+                return tuple(map(move, value))
             return value
 
-        return PairBatch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+        return PairBatch(**{f.name: moved(getattr(self, f.name)) for f in fields(self)})
 
 
 @dataclass(frozen=True, slots=True)

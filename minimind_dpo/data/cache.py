@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import time
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from minimind_dpo.data.chat import TokenizedPair
+from minimind_dpo.data.chat import TokenizedPair, shared_prefix_length
 from minimind_dpo.data.sources import DataFile
 
-CODE_VERSION = 1  # raise it when the same bytes would be tokenized differently
+CODE_VERSION = 2  # raise it when the same bytes would be tokenized differently
 _SIDES = ("chosen_input_ids", "chosen_completion_mask", "rejected_input_ids", "rejected_completion_mask")
 _PAIRS_PER_BATCH = 256
 _SCRATCH = ".writing-"
@@ -89,7 +90,8 @@ class Writer:
         ids, mask = pa.list_(pa.int32()), pa.list_(pa.int8())
         sides = list(zip(_SIDES, [ids, mask] * 2, strict=True))
         values = [("weight", pa.float64()), ("margin", pa.float64()), ("id", pa.string())]
-        self._schema = pa.schema([*sides, *values, ("file", pa.int32()), ("row", pa.int64())])
+        places = [("file", pa.int32()), ("row", pa.int64())]
+        self._schema = pa.schema([*sides, *values, ("tokens", pa.int32()), *places])
         self._table = pa.ipc.new_stream(str(path), self._schema)
         self._waiting: list[tuple[Any, ...]] = []
         self._digest = hashlib.sha256()
@@ -99,14 +101,20 @@ class Writer:
 
     def add(self, pair: TokenizedPair, file: int, row: int) -> None:
         """Takes the next pair, which was read as row `row` of the source's file `file`."""
-        sides = [np.asarray(getattr(pair, name), dtype="<i4") for name in _SIDES]
+        sides = [
+            _numbers(pair.chosen_input_ids),
+            _bits(pair.chosen_completion_mask),
+            _numbers(pair.rejected_input_ids),
+            _bits(pair.rejected_completion_mask),
+        ]
         # What a pair teaches is digested, not where it was read.
         for side in sides:
             self._digest.update(len(side).to_bytes(8, "little") + side.tobytes())
         numbers = [pair.weight, np.nan if pair.margin is None else pair.margin]
         self._digest.update(np.asarray(numbers, dtype="<f8").tobytes())
         self._kept += 1
-        self._waiting.append((*sides, pair.weight, pair.margin, pair.id, file, row))
+        tokens = len(sides[0]) + len(sides[2]) - 2 - shared_prefix_length(sides[0], sides[2])
+        self._waiting.append((*sides, pair.weight, pair.margin, pair.id, tokens, file, row))
         if len(self._waiting) >= _PAIRS_PER_BATCH:
             self._flush()
 
@@ -141,6 +149,14 @@ class Writer:
         ]
         self._table.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
         self._waiting = []
+
+
+def _numbers(values: list[int]) -> np.ndarray:
+    return np.asarray(array("i", values)).astype("<i4", copy=False)  # several times as fast as without `array`
+
+
+def _bits(values: list[int]) -> np.ndarray:
+    return np.frombuffer(bytes(values), dtype=np.uint8).astype("<i4")
 
 
 def _list_array(column: tuple[np.ndarray, ...], kind: Any) -> Any:

@@ -6,6 +6,7 @@ and the pairs of a step are the same for every factorisation of the global batch
 
 from __future__ import annotations
 
+import heapq
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -78,16 +79,36 @@ def total_steps(num_pairs: int, global_batch: int, num_train_epochs: float, max_
     return max(1, math.ceil(num_train_epochs * math.ceil(num_pairs / global_batch) - 1e-9))
 
 
-def split_step(pairs: np.ndarray, *, world_size: int, rank: int, micro_batch_size: int) -> list[MicroBatch]:
+def split_step(
+    pairs: np.ndarray, tokens: np.ndarray, *, world_size: int, rank: int, micro_batch_size: int
+) -> list[MicroBatch]:
     """Divide the pairs of one optimizer step among ranks; the micro-batches of `rank`, in order.
 
-    Every rank gets the same number of micro-batches. In a partial step the first ranks fill up first and a rank
-    that has none left runs a filler.
+    The longest pair first, each goes to the micro-batch that has the fewest tokens so far and room for it (Graham 1969,
+    "Bounds on multiprocessing timing anomalies"): no rank waits long for another, and no micro-batch needs much more
+    memory than the rest. Every rank gets the same number of micro-batches; where a partial step leaves some of them
+    empty they run the step's shortest pair as a filler.
+
+    Args:
+        pairs: [n] dataset positions.
+        tokens: [n] their costs in tokens.
+        world_size: number of ranks.
+        rank: this one.
+        micro_batch_size: most pairs a micro-batch.
     """
     slots = math.ceil(len(pairs) / (micro_batch_size * world_size))
+    members: list[list[int]] = [[] for _ in range(slots * world_size)]
+    loads = [(0, index) for index in range(len(members))]
+    for pair in np.argsort(-tokens, kind="stable").tolist():
+        load, index = heapq.heappop(loads)
+        members[index].append(pair)
+        if len(members[index]) < micro_batch_size:
+            heapq.heappush(loads, (load + int(tokens[pair]), index))
+    members.sort(key=lambda own: -int(tokens[own].sum()))  # a slot's micro-batches run at the same time
     batches = []
     for slot in range(slots):
-        start = (slot * world_size + rank) * micro_batch_size
-        own = pairs[start : start + micro_batch_size].tolist()
-        batches.append(MicroBatch(own) if own else MicroBatch([int(pairs[0])], counted=False))
+        place = rank if slot % 2 == 0 else world_size - 1 - rank
+        own = sorted(members[slot * world_size + place])
+        filler = MicroBatch([int(pairs[tokens.argmin()])], counted=False)
+        batches.append(MicroBatch(pairs[own].tolist()) if own else filler)
     return batches

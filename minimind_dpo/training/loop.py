@@ -5,20 +5,20 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from minimind_dpo.config import TrainConfig
-from minimind_dpo.data.batch import PairBatch
 from minimind_dpo.data.order import MicroBatch, PairOrder, split_step
 from minimind_dpo.data.tokenized import TokenizedData
 from minimind_dpo.engine import accumulate, apply_gradients, backward, can_skip_steps, trained_state, unwrap
@@ -27,15 +27,13 @@ from minimind_dpo.evaluation import evaluate, score_batch
 from minimind_dpo.models.saving import describe_adapter, describe_model
 from minimind_dpo.reference import Reference
 from minimind_dpo.scoring import PairLayout
+from minimind_dpo.training.batches import Batches, load_batches
 from minimind_dpo.training.checkpoint import TrainerState, save_checkpoint
 from minimind_dpo.training.metrics import MetricsFile, empty_sums, metrics_of, peak_memory_gib, tokens_of
 from minimind_dpo.training.schedule import learning_rate_schedule
 from minimind_dpo.training.signals import StopRequest
 
 logger = logging.getLogger(__name__)
-
-Batches = Iterator[tuple[PairBatch, bool]]
-
 
 @dataclass
 class Run:
@@ -70,9 +68,15 @@ class Run:
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """This rank's share of optimizer step `step`."""
-        return split_step(self.order.step_pairs(step), world_size=self.accelerator.num_processes,
+        pairs = self.order.step_pairs(step)
+        return split_step(pairs, self.train_data.tokens[pairs], world_size=self.accelerator.num_processes,
                           rank=self.accelerator.process_index,
                           micro_batch_size=self.config.per_device_train_batch_size)
+
+    def plan(self) -> Iterator[MicroBatch]:
+        """This rank's micro-batches from the next step to the last."""
+        for step in range(self.state.step + 1, self.state.total_steps + 1):
+            yield from self.micro_batches(step)
 
 
 def train(run: Run) -> None:
@@ -85,11 +89,15 @@ def train(run: Run) -> None:
     config, state, accelerator = run.config, run.state, run.accelerator
     schedule = learning_rate_schedule(
         config.lr_scheduler_type, config.learning_rate, state.total_steps, config.warmup_ratio)
-    batches = _load(run)
+    batches = load_batches(run.train_data.dataset, run.plan(), run.layout, config.dataloader_num_workers,
+                           accelerator.device)
     run.scorer.train()
     progress = tqdm(total=state.total_steps, initial=state.step, unit="step", dynamic_ncols=True,
                     disable=not accelerator.is_main_process)
     clock = _Clock(state)
+    unread: deque[_Outcome] = deque()
+    lag = 0 if accelerator.device.type == "cpu" else 1  # a GPU is never waited for before it has its next work
+    stopped = False
     if state.step == 0:
         _evaluate(run)
         clock.restart()
@@ -98,23 +106,29 @@ def train(run: Run) -> None:
         learning_rate = schedule(step)
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate
-        sums, grad_norm, stopped = _optimizer_step(run, step, batches)
+        unread.append(_optimizer_step(run, step, batches))
         state.step = step
-        clock.count(sums)
-        _show(progress, sums, clock)
-        if step % config.logging_steps == 0 or step == state.total_steps:
+        last = step == state.total_steps
+        logs, evaluates, saves = (last or _due(every, step) for every in (
+            config.logging_steps, config.eval_steps, config.save_steps))
+        while unread and (len(unread) > lag or stopped or logs or evaluates or saves):
+            sums, grad_norm, stops = _read(run, unread.popleft())
+            stopped |= stops
+            clock.count(sums)
+            _show(progress, sums, clock)
+        if logs:
             _log(run, sums, grad_norm, learning_rate, clock)
-        if _due(config.eval_steps, step) or step == state.total_steps:
+        if evaluates:
             _evaluate(run)
             clock.restart()
-        if stopped or _due(config.save_steps, step) or (config.save_steps and step == state.total_steps):
+        if stopped or (saves and config.save_steps):
             clock.store(state)
             if run.metrics is not None:
                 run.metrics.sync()
             save_checkpoint(accelerator, run.checkpoints, state, config.save_total_limit,
                             trained_state(accelerator, run.scorer, run.optimizer), partial(_describe, run))
             clock.restart()
-        if stopped and step < state.total_steps:
+        if stopped and not last:
             progress.close()
             raise StoppedEarly(f"after step {step} of {state.total_steps}")
     clock.store(state)
@@ -133,27 +147,19 @@ def _due(every: int | None, step: int) -> bool:
     return bool(every) and step % (every or 1) == 0
 
 
-def _load(run: Run) -> Batches:
-    """This rank's micro-batches from the next step on, collated, with their `counted` flags."""
+class _Outcome(NamedTuple):
+    """What an optimizer step leaves on the device: metric sums and stop requests of all ranks, the gradient norm."""
 
-    def plan() -> Iterator[MicroBatch]:
-        for step in range(run.state.step + 1, run.state.total_steps + 1):
-            yield from run.micro_batches(step)
-
-    sampler: Any = (micro_batch.pairs for micro_batch in plan())
-    loader = DataLoader(run.train_data.dataset, batch_sampler=sampler, collate_fn=run.layout)
-    for micro_batch, batch in zip(plan(), loader, strict=True):
-        yield batch, micro_batch.counted
+    step: int
+    totals: Tensor
+    grad_norm: Tensor
 
 
-def _optimizer_step(run: Run, step: int, batches: Batches) -> tuple[list[float], float, bool]:
+def _optimizer_step(run: Run, step: int, batches: Batches) -> _Outcome:
     """One optimizer step over all its micro-batches.
 
     The loss is the mean over the step's pairs on all ranks: each rank backpropagates its sum times the number of
     ranks (which average their gradients) over the number of pairs.
-
-    Returns:
-        The metric sums over all ranks, the gradient norm before clipping, and whether any rank must stop.
     """
     accelerator = run.accelerator
     micro_batches = len(run.micro_batches(step))
@@ -168,12 +174,22 @@ def _optimizer_step(run: Run, step: int, batches: Batches) -> tuple[list[float],
                 run.scorer, run.reference, batch.to(accelerator.device), run.config)
             backward(accelerator, (losses + aux_losses).sum().float() * (scale * counted), last)
         sums += batch_sums * counted
-    own = torch.cat([sums, torch.tensor([float(bool(run.stop))], dtype=sums.dtype, device=sums.device)])
-    *totals, stops = accelerator.reduce(own, "sum").tolist()
-    _check_finite(run, step, "loss", totals)
+    own = torch.cat([sums, torch.full_like(sums[:1], float(bool(run.stop)))])
     grad_norm = apply_gradients(accelerator, run.scorer, run.optimizer, run.config.max_grad_norm)
-    if not can_skip_steps(accelerator):
-        _check_finite(run, step, "gradient norm", [grad_norm])
+    return _Outcome(step, accelerator.reduce(own, "sum"), grad_norm)
+
+
+def _read(run: Run, outcome: _Outcome) -> tuple[list[float], float, bool]:
+    """The metric sums of a step, its gradient norm, and whether any rank was asked to stop; waits for the device.
+
+    Raises:
+        TrainingError: the loss or the gradient norm is not finite.
+    """
+    *totals, stops = outcome.totals.tolist()
+    grad_norm = float(outcome.grad_norm)
+    _check_finite(run, outcome.step, "loss", totals)
+    if not can_skip_steps(run.accelerator):
+        _check_finite(run, outcome.step, "gradient norm", [grad_norm])
     return totals, grad_norm, stops > 0
 
 
@@ -194,7 +210,7 @@ def _check_finite(run: Run, step: int, what: str, values: list[float]) -> None:
 def _evaluate(run: Run) -> None:
     if run.eval_data is None:
         return
-    metrics = evaluate(run.accelerator, run.scorer, run.reference, run.eval_data.dataset, run.layout, run.config)
+    metrics = evaluate(run.accelerator, run.scorer, run.reference, run.eval_data, run.layout, run.config)
     _record(run, metrics)
 
 
