@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from minimind_dpo.models.head import CHUNK_ELEMENTS
 from minimind_dpo.planning_shape import ModelShape
 
 LARGE = 32 << 20  # bytes; glibc takes a block of this size and more from the system, and gives it back when freed
@@ -169,29 +170,36 @@ def reference_parts(shape: ModelShape, setup: Setup) -> list[Part]:
     return []
 
 
-def layer_bytes(shape: ModelShape, setup: Setup) -> float:
+def layer_bytes(shape: ModelShape, setup: Setup, rows: int | None = None) -> float:
     """Bytes that autograd keeps of one decoder layer.
 
-    A norm keeps its input, its normalised input (unless its weight is frozen) and what linear layers take from it;
-    attention keeps rotated queries and keys, values, outputs and the output layer's input; a rejected branch keeps a
-    copy of its prefix's keys and values and a mask of its own; a gated block keeps gate, its activation, the other
-    branch and their product.
+    A norm keeps its input and what linear layers take from it, and where it is not fused its normalised input (unless
+    its weight is frozen); attention keeps rotated queries and keys, values, outputs, and where keys are gathered for
+    one call those; a gated block keeps gate, the other branch and their product, and where it is not fused the gate's
+    activation.
+
+    Args:
+        shape: of the model.
+        setup: what is planned.
+        rows: on which the token-wise parts work; all positions unless given.
     """
     tokens, wide, hidden = setup.positions, setup.computed, shape.hidden
-    trains_all = not shape.adapters
+    fused = shape.fused and setup.element == 4  # fp32 weights, so fp32 norms
+    trains_all = not shape.adapters and not fused
     residual = 2 * 4 * hidden  # fp32 in every mode: norms compute in it
     if setup.autocast:  # each linear layer rounds its input for itself
-        norms = residual + trains_all * 2 * 4 * hidden + 5 * wide * hidden
+        norms = residual + (trains_all or shape.routed > 0) * 2 * 4 * hidden + 5 * wide * hidden
     else:
         norms = residual + (trains_all + 1) * 2 * wide * hidden
-    attention = wide * (3 * shape.query + 2 * shape.key_value) + 4 * shape.heads
+    attention: float = wide * (2 * shape.query + 2 * shape.key_value) + 4 * shape.heads
     if shape.normed_heads:
         attention += (4 + trains_all * wide) * (shape.query + shape.key_value)
-    inner = (4 if shape.gated else 2) * shape.intermediate
+    if not setup.cpu:
+        attention += wide * 2 * shape.key_value * (1 + setup.prefix * setup.pairs / tokens)
+    inner = (4 - shape.fused if shape.gated else 2) * shape.intermediate
     blocks = wide * (shape.dense_blocks * inner + shape.routed * (inner + 3 * hidden))
     adapters = wide * shape.lora_r * len(shape.adapters) / 2 / shape.layers
-    branches = setup.pairs * wide * (2 * shape.key_value * (setup.length - 1) + setup.branch * (setup.length - 1))
-    return tokens * (norms + attention + blocks + adapters) + branches
+    return tokens * (norms + attention + adapters) + (tokens if rows is None else rows) * blocks
 
 
 def activation_parts(shape: ModelShape, setup: Setup) -> list[Part]:
@@ -200,21 +208,23 @@ def activation_parts(shape: ModelShape, setup: Setup) -> list[Part]:
     With checkpointing each layer keeps its input, and one layer at a time is computed again.
     """
     tokens, layer = setup.positions, layer_bytes(shape, setup)
+    wanted = min(tokens, setup.counted)  # the last layer's feed-forward block works on what is scored
+    last = layer_bytes(shape, setup, wanted) if not shape.routed else layer
     inputs = (4 if setup.autocast else setup.computed) * tokens * shape.hidden
-    total = shape.layers * inputs + layer if setup.checkpointing else shape.layers * layer
-    ends = 3 * 4 * tokens * shape.hidden  # the last norm, its input and what of it is scored
+    total = shape.layers * inputs + layer if setup.checkpointing else (shape.layers - 1) * layer + last
+    ends = (4 * tokens + 4 * setup.computed * wanted) * shape.hidden  # the last norm's input; what is scored
     widest = setup.computed * tokens * max(shape.intermediate * max(shape.dense_blocks, 1), shape.hidden)
-    blocks = part("activations", [widest]).large > 0  # the four inner tensors of a block are that large
-    inner = shape.layers * 4 * widest if blocks and not setup.checkpointing else 0
+    blocks = part("activations", [widest]).large > 0  # the inner tensors of a block are that large
+    inner = (shape.layers - 1) * (4 - shape.fused) * widest if blocks and not setup.checkpointing else 0
     kept = Part("activations", max(total + ends - inner, 0.0), inner)
     rounded = [part("activations", (2 * size for size in shape.parameters))] if setup.autocast else []
     return [kept, part("activations", [setup.computed * tokens * shape.intermediate], times=2), *rounded]
 
 
-def head_part(shape: ModelShape, setup: Setup, backward: bool) -> Part:
-    """The output layer's logits in fp32, their log-softmax, and its gradients: 3 x 4 bytes in the backward pass."""
-    bytes_each = 12 if backward else 8 + (2 if setup.bf16 else 0)
-    return part("logits head", [4 * setup.counted * shape.vocab], times=bytes_each / 4)
+def head_part(shape: ModelShape, setup: Setup) -> Part:
+    """The output layer's logits in fp32, a chunk of them at a time, which become their softmax and its gradient."""
+    elements = min(setup.counted * shape.vocab, CHUNK_ELEMENTS)
+    return part("logits head", [4 * elements, *([2 * elements] if setup.bf16 else [])])
 
 
 def gradient_parts(shape: ModelShape, setup: Setup) -> tuple[list[Part], list[Part]]:

@@ -62,11 +62,11 @@ def phases(shape: ModelShape, setup: Setup) -> dict[str, list[Part]]:
     left = [Part(item.name, item.small * ahead, item.large * ahead) for item in activations]
     # DeepSpeed makes its buckets at the first gradient; on the CPU they become memory as they are written to
     buckets = [] if setup.cpu else [item for item in exchange if item.name == "communication"]
-    scoring = activations[1:] + [head_part(shape, setup, backward=False)]
+    scoring = activations[1:] + [head_part(shape, setup)]
     return {
         "loading": loading_parts(shape, setup),
         "reference forward": states + gathered + scoring,
-        "start of backward": states + gathered + activations + buckets + [head_part(shape, setup, backward=True)],
+        "start of backward": states + gathered + activations + buckets + [head_part(shape, setup)],
         "gradient exchange": states + gathered + left + exchange,
         "optimizer step": states + step,
     }

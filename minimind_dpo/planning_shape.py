@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from minimind_dpo.errors import UserError
 from minimind_dpo.models.adapters import add_adapters
+from minimind_dpo.models.fused import fuse
 from minimind_dpo.models.loading import locate_model, read_raw_weights
 from minimind_dpo.models.weights import MODEL_CLASSES, minimind_config, read_layout
 
@@ -33,6 +34,7 @@ class ModelShape:
         routed: experts a token is sent to, 0 in a dense model.
         gated: whether feed-forward blocks have a gate beside the first matrix.
         normed_heads: whether queries and keys are normalised.
+        fused: whether norms and feed-forward blocks are those of `models/fused.py`.
         vocab: tokens that the output layer scores.
         stored: bytes of an element in the source: 4 fp32, 2 half precision.
         lora_r: rank of the LoRA matrices, 0 without.
@@ -50,6 +52,7 @@ class ModelShape:
     routed: int
     gated: bool
     normed_heads: bool
+    fused: bool
     vocab: int
     stored: int = 4
     lora_r: int = 0
@@ -133,5 +136,5 @@ def shape_of(model: PreTrainedModel, stored: int = 4, lora_r: int | None = None)
         dense_blocks=(getattr(config, "num_shared_experts", None) or 0) if experts else 1,
         routed=config.num_experts_per_tok if experts else 0,
         gated=any("gate_proj" in name or "gate_up_proj" in name for name in names),
-        normed_heads=any("q_norm" in name for name in names),
+        normed_heads=any("q_norm" in name for name in names), fused=fuse(model),
         vocab=config.vocab_size, stored=stored, lora_r=lora_r or 0)

@@ -101,7 +101,7 @@ def test_head_keeps_no_more_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> Non
                                                       lambda t: t):
             token_logps(hidden, weight, torch.zeros(count, dtype=torch.long))
         kept[count] = sum(sizes) - hidden.numel() - weight.numel()
-    assert kept == {100: 200 + 100 * 50, 101: 202, 1000: 2000}
+    assert kept == {100: 200 + 100 * 50, 101: 202, 1000: 2000}  # targets, logsumexp; probabilities of one chunk
 
 
 def test_head_in_autocast_computes_in_its_type() -> None:

@@ -16,6 +16,7 @@ from minimind_dpo import planning
 from minimind_dpo.cli import main as cli
 from minimind_dpo.data.batch import pack_pairs
 from minimind_dpo.models.adapters import add_adapters
+from minimind_dpo.models.head import CHUNK_ELEMENTS
 from minimind_dpo.planning_measure import deepspeed_settings
 from minimind_dpo.planning_memory import (
     BUCKET,
@@ -36,7 +37,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 KINDS = ["llama", "qwen3", "qwen3_moe", "minimind_moe"]
 BILLION = ModelShape(
     parameters=(10**6,) * 1000, adapters=(), layers=10, hidden=1000, heads=10, query=1000, key_value=200,
-    intermediate=4000, dense_blocks=1, routed=0, gated=True, normed_heads=False, vocab=1000)
+    intermediate=4000, dense_blocks=1, routed=0, gated=True, normed_heads=False, fused=True,
+    vocab=1000)
 
 
 def states(setup: Setup) -> dict[str, float]:
@@ -113,9 +115,10 @@ def test_reference_modes() -> None:
 
 
 def test_logits_head_by_hand() -> None:
-    """2 pairs of 2 x 100 tokens over 1000 words: 400 rows of 1000, three of them in fp32 in the backward pass."""
-    assert head_part(BILLION, Setup(pairs=2, length=100), backward=True).bytes == 400 * 1000 * 12
-    assert head_part(BILLION, Setup(pairs=2, length=100, prompt_share=0.5), backward=True).bytes == 200 * 1000 * 12
+    """2 pairs of 2 x 100 tokens over 1000 words: 400 rows of 1000 in fp32; of 10^5 such rows no more than a chunk."""
+    assert head_part(BILLION, Setup(pairs=2, length=100)).bytes == 400 * 1000 * 4
+    assert head_part(BILLION, Setup(pairs=2, length=100, prompt_share=0.5)).bytes == 200 * 1000 * 4
+    assert head_part(BILLION, Setup(pairs=500, length=100)).bytes == CHUNK_ELEMENTS * 4
 
 
 def test_blocks_are_sorted_by_size() -> None:
@@ -174,7 +177,7 @@ def kept_by_autograd(model: PreTrainedModel, setup: Setup, autocast: bool) -> in
 @pytest.mark.parametrize("lora_r", [None, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_activations_are_what_autograd_keeps(kind: str, lora_r: int | None, autocast: bool) -> None:
-    setup = Setup(pairs=2, length=120, prompt_share=0.25, bf16=autocast)
+    setup = Setup(pairs=2, length=120, prompt_share=0.25, bf16=autocast, cpu=True)
     model = tiny_model(kind)
     shape = shape_of(model, lora_r=lora_r)
     found = kept_by_autograd(model, setup, autocast)

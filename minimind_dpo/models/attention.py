@@ -21,6 +21,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from minimind_dpo.data.batch import PairSegment
+from minimind_dpo.models.precision import autocast
 
 PAIR_ATTENTION = "minimind_dpo_pairs"
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -55,6 +56,7 @@ def pair_attention(
     if pair_segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     segments = tuple(pair_segments)
+    query, key, value = autocast(query, key, value)
     if query.device.type == "cpu" and not dropout:
         return _CpuPairAttention.apply(query, key, value, segments, scaling, sliding_window), None
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:

@@ -110,11 +110,16 @@ def _on_wanted_rows(wanted: WantedRows, forward: Callable[[Tensor], Tensor], x: 
         return forward(x)
     rows = forward(x.flatten(0, -2)[wanted.positions][None])[0]
     output = rows.new_zeros(x.shape[:-1].numel(), rows.shape[-1])
-    return output.index_copy(0, wanted.positions, rows).view(*x.shape[:-1], -1)
+    # unlike index_copy this keeps no copy of `rows` for the backward pass
+    return output.index_put((wanted.positions,), rows).view(*x.shape[:-1], -1)
 
 
-def fuse(model: PreTrainedModel) -> None:
-    """Give a model's modules the forms above where they compute just that: their own forward has Llama's source."""
+def fuse(model: PreTrainedModel) -> bool:
+    """Give a model's modules the forms above where they compute just that: their own forward has Llama's source.
+
+    Returns:
+        Whether there were any.
+    """
     kinds = {type(module) for module in model.modules()}
     norms, mlps = ({kind for kind in kinds if _same_forward(kind, wanted)} for wanted in (LlamaRMSNorm, LlamaMLP))
     for module in model.modules():
@@ -122,6 +127,7 @@ def fuse(model: PreTrainedModel) -> None:
             module.forward = MethodType(_rms_norm, module)
         elif type(module) in mlps and _is_silu(module.act_fn):
             module.forward = MethodType(_swiglu_mlp, module)
+    return bool(norms)
 
 
 def _same_forward(kind: type[nn.Module], wanted: type[nn.Module]) -> bool:

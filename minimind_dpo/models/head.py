@@ -2,7 +2,8 @@
 
 The largest tensors of a DPO step are logits: 4,000 counted tokens x 151,936 words x 4 bytes are 2.3 GiB, and autograd
 keeps several of that size. Here at most `CHUNK_ELEMENTS` of them exist at a time; in the backward pass a chunk's logits
-are computed again (a third more work for the head, none elsewhere). If all of them fit into one chunk they are kept.
+are computed again (a third more work for the head, none elsewhere). If all of them fit into one chunk, their softmax is
+kept.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-CHUNK_ELEMENTS = 1 << 25  # 128 MiB of fp32 logits
+from minimind_dpo.models.precision import autocast
+
+CHUNK_ELEMENTS = 1 << 24  # 64 MiB of fp32 logits
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -25,27 +28,33 @@ class _TokenLogps(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
         rows = max(1, CHUNK_ELEMENTS // len(weight))
         logps = hidden.new_empty(len(hidden), dtype=torch.float32)
-        sums, logits = torch.empty_like(logps), None
+        logsumexp, probabilities = torch.empty_like(logps), None
         for first in range(0, len(hidden), rows):
             own = slice(first, first + rows)
             logits = F.linear(hidden[own], weight).float()
-            torch.logsumexp(logits, dim=-1, out=sums[own])
-            logps[own] = logits.gather(1, targets[own, None])[:, 0] - sums[own]
-        kept = [logits] if logits is not None and len(hidden) <= rows else []
-        ctx.save_for_backward(hidden, weight, targets, sums, *kept)
+            logps[own] = logits.gather(1, targets[own, None])[:, 0]
+            largest = logits.amax(dim=-1, keepdim=True)
+            numerators = logits.sub_(largest).exp_()
+            total = numerators.sum(dim=-1, keepdim=True)
+            logsumexp[own] = (largest + total.log())[:, 0]
+            if len(hidden) <= rows:
+                probabilities = numerators.div_(total)
+        ctx.save_for_backward(hidden, weight, targets, logsumexp, probabilities)
         ctx.rows = rows
-        return logps
+        return logps.sub_(logsumexp)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
-        hidden, weight, targets, sums, *kept = ctx.saved_tensors
+        hidden, weight, targets, logsumexp, kept = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # chunks add up in fp32
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for first in range(0, len(hidden), ctx.rows):
             own = slice(first, first + ctx.rows)
-            logits = kept[0] if kept else F.linear(hidden[own], weight).float()
-            grad_logits = logits.sub_(sums[own, None]).exp_().mul_(-grad[own, None])
+            probabilities = kept
+            if probabilities is None:
+                probabilities = F.linear(hidden[own], weight).float().sub_(logsumexp[own, None]).exp_()
+            grad_logits = probabilities.mul_(-grad[own, None])
             grad_logits.scatter_add_(1, targets[own, None], grad[own, None])
             grad_logits = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
@@ -60,11 +69,8 @@ class _TokenLogps(torch.autograd.Function):
 
 def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Log-probabilities (nats, fp32) [K] of `targets` [K] from hidden states [K, D] and a head's weight [V, D]."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):  # as autocast would treat a linear layer
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    with torch.autocast(device, enabled=False):
+    hidden, weight = autocast(hidden, weight)
+    with torch.autocast(hidden.device.type, enabled=False):
         return _TokenLogps.apply(hidden, weight, targets)
 
 
