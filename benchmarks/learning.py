@@ -25,6 +25,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":  # the project's root instead of this directory, whose profile.py would hide the library's
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 from minimind_dpo.data.tokenized import load_tokenizer
 from minimind_dpo.demo.run import ASSETS, generate_replies
 from minimind_dpo.demo.task import preference_pairs, verdict

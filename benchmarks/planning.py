@@ -11,8 +11,12 @@ MiB and their ratio. A row of the largest model takes minutes on two cores.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
+
+if __name__ == "__main__":  # the project's root instead of this directory, whose profile.py would hide the library's
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from transformers import LlamaConfig
 

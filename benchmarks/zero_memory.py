@@ -20,6 +20,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+if __name__ == "__main__":  # the project's root instead of this directory, whose profile.py would hide the library's
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 

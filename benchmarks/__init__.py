@@ -1,0 +1,1 @@
+"""Programs that measure the toolkit, side by side with others where there are others."""

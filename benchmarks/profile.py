@@ -1,0 +1,159 @@
+"""Where an optimizer step's time goes, as a table.
+
+    python benchmarks/profile.py [--mix chat|long_prompt|long_answer] [--batch 8] [--micro_batch 8]
+                                 [--reference cache|live] [--steps 8] [--model DIR]
+
+The product's own loop on the pairs and the 26M model of throughput.py; functions of it are timed from outside, each
+without what it calls. On a GPU the device is waited for at every mark, which makes the step itself slower. Medians over
+steps, the first left out; GFLOP/s are 2 x parameters x tokens / seconds forward, twice that backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # the project's root instead of this directory, where this file hides the library's
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch
+
+from benchmarks.workloads import MAX_LENGTH, MIXES, minimind_shape, mix_lengths, save_model, word_tokenizer, write_pairs
+from minimind_dpo.config import make_config
+from minimind_dpo.data.tokenized import load_tokenizer
+from minimind_dpo.engine import make_accelerator, unwrap
+from minimind_dpo.models.attention import _CpuPairAttention
+from minimind_dpo.models.head import _TokenLogps
+from minimind_dpo.training import loop
+from minimind_dpo.training.setup import build_run
+from minimind_dpo.training.signals import StopRequest
+
+PHASES = ("data", "reference", "forward: layers", "forward: attention", "forward: head", "loss and metrics",
+          "backward: layers", "backward: attention", "backward: head", "clipping and optimizer", "everything else")
+
+
+class Stopwatch:
+    """Exclusive wall time of named phases, a step at a time."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+        self._inner = [0.0]  # seconds spent in phases within the running one, for each that is open
+        self._step: defaultdict[str, float] = defaultdict(float)
+
+    def around(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, timed as `phase`."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._inner.append(0.0)
+            begin = _now()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                seconds = _now() - begin
+                self._step[phase] += seconds - self._inner.pop()
+                self._inner[-1] += seconds
+
+        return timed
+
+    def end_step(self) -> None:
+        """Begin the next step's account."""
+        self.steps.append(dict(self._step))
+        self._step.clear()
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def watch(run: loop.Run, clock: Stopwatch) -> None:
+    """Put the stopwatch around the parts of a run's step."""
+    scorer = unwrap(run.scorer)
+    decoder, head = scorer._split
+
+    def load(*args: Any) -> Iterator[Any]:
+        batches = loading(*args)
+        pull = clock.around("data", lambda: next(batches))
+        while True:
+            yield pull()
+
+    def step(*args: Any) -> Any:
+        outcome = stepping(*args)
+        clock.end_step()
+        return outcome
+
+    loading, stepping = loop.load_batches, clock.around("everything else", loop._optimizer_step)
+    loop.load_batches, loop._optimizer_step = load, step
+    loop.score_batch = clock.around("loss and metrics", loop.score_batch)
+    loop.backward = clock.around("backward: layers", loop.backward)
+    loop.apply_gradients = clock.around("clipping and optimizer", loop.apply_gradients)
+    run.reference.per_token_logps = clock.around("reference", run.reference.per_token_logps)  # type: ignore[method-assign]
+    decoder.forward = clock.around("forward: layers", decoder.forward)
+    head.forward = clock.around("forward: head", head.forward)
+    for node, phase in ((_CpuPairAttention, "attention"), (_TokenLogps, "head")):
+        node.backward = staticmethod(clock.around(f"backward: {phase}", node.backward))
+    _CpuPairAttention.forward = staticmethod(clock.around("forward: attention", _CpuPairAttention.forward))
+
+
+def main() -> None:
+    """Profile a short run and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mix", choices=MIXES, default="chat")
+    parser.add_argument("--batch", type=int, default=8, help="pairs an optimizer step")
+    parser.add_argument("--micro_batch", type=int, help="pairs a forward pass (default: the batch)")
+    parser.add_argument("--reference", choices=("cache", "live"), default="cache")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--model", help="directory of a causal language model (default: MiniMind's 26M, random)")
+    args = parser.parse_args()
+    micro_batch = args.micro_batch or args.batch
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["MINIMIND_DPO_CACHE"] = str(Path(scratch, "cache"))
+        model = args.model or save_model(minimind_shape(), Path(scratch, "model"))
+        lengths = mix_lengths(args.mix, args.batch * (args.steps + 1))
+        vocabulary = vocabulary_of(model)
+        word_tokenizer(vocabulary).save_pretrained(Path(scratch, "tokenizer"))
+        config = make_config({
+            "model_name_or_path": model, "tokenizer_name_or_path": str(Path(scratch, "tokenizer")),
+            "train_data": [write_pairs(Path(scratch, "pairs.jsonl"), lengths, vocabulary)],
+            "output_dir": str(Path(scratch, "run")), "max_length": MAX_LENGTH[args.mix], "max_steps": args.steps + 1,
+            "per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": args.batch // micro_batch,
+            "reference": args.reference, "shuffle": False, "save_steps": 0})
+        with StopRequest() as stop:
+            run = build_run(config, make_accelerator(config), load_tokenizer(config.tokenizer_name_or_path or ""), None,
+                            stop)
+            clock = Stopwatch()
+            watch(run, clock)
+            loop.train(run)
+    _print(clock.steps[1:], run, args.batch)
+
+
+def vocabulary_of(model: str) -> int:
+    """Token ids that a saved model knows."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model).vocab_size
+
+
+def _print(steps: list[dict[str, float]], run: loop.Run, batch: int) -> None:
+    seconds = {phase: statistics.median(step.get(phase, 0.0) for step in steps) for phase in PHASES}
+    total = sum(seconds.values())
+    tokens = int(run.train_data.tokens[batch:].sum()) / len(steps)
+    parameters = sum(weight.numel() for weight in unwrap(run.scorer).parameters())
+    print(f"\n| phase | seconds a step | share |\n|{'---|' * 3}")
+    for phase, value in seconds.items():
+        print(f"| {phase} | {value:.4f} | {value / total:.1%} |")
+    print(f"| all | {total:.4f} | |\n\n{batch} pairs of {tokens / batch:.0f} tokens a step, {parameters / 1e6:.1f}M "
+          f"parameters: {total / batch:.3f} s a pair, {6 * parameters * tokens / total / 1e9:.0f} GFLOP/s (policy)")
+
+
+if __name__ == "__main__":
+    main()
