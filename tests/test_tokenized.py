@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from helpers_data import row, tiny_tokenizer, write_jsonl
 
-from minimind_dpo.data import cache, tokenized
-from minimind_dpo.data.chat import tokenize_pair
+from minimind_dpo.data import cache, chunks, tokenized
+from minimind_dpo.data.chat import render_pair, shared_prefix_length, tokenize_pair
 from minimind_dpo.data.records import RowError, parse_row
 from minimind_dpo.data.tokenized import tokenize_files
 from minimind_dpo.errors import UserError
@@ -38,9 +38,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def counting(pair: Any, *args: Any, **kwargs: Any) -> Any:
         seen.append(pair.place)
-        return tokenize_pair(pair, *args, **kwargs)
+        return render_pair(pair, *args, **kwargs)
 
-    monkeypatch.setattr(tokenized, "tokenize_pair", counting)
+    monkeypatch.setattr(chunks, "render_pair", counting)
     return seen
 
 
@@ -53,7 +53,9 @@ def test_rows_are_the_tokenized_pairs_in_file_order(tmp_path: Path) -> None:
             parse_row(item, f"{path}:{index + 1}"), tiny_tokenizer(), max_length=128, completion_mask="all_assistant"
         )
         expected = {name: getattr(pair, name) for name in pair.__slots__}  # type: ignore[union-attr]
-        assert data.dataset[index] == expected
+        sides = pair.chosen_input_ids, pair.rejected_input_ids  # type: ignore[union-attr]
+        expected["tokens"] = sum(map(len, sides)) - 2 - shared_prefix_length(*sides)
+        assert data.dataset[index] == expected and data.tokens[index] == expected["tokens"]
     assert data.dataset[[3, 1]]["place"] == [f"{path}:4", f"{path}:2"]
     assert data.dataset["weight"][2] == 3.0 and data.dataset["margin"][0] is None and data.dataset[0]["id"] == "0"
     assert data.dataset.cache_files and data.dataset.cache_files[0]["filename"].endswith("pairs.arrow")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minimind_dpo.config import COMPLETION_MASKS
+from minimind_dpo.data.encoding import PairEncoder, Pieces, Span, mark_tokens
 from minimind_dpo.data.records import Message, PreferencePair, RowError
 from minimind_dpo.data.sources import looks_local
 from minimind_dpo.data.spans import SpanError, TemplateError, chat_template
@@ -67,35 +68,55 @@ def tokenize_pair(
     try:
         tokenized = encode_pair(pair, tokenizer, max_length=max_length, completion_mask=completion_mask)
     except SpanError as error:
-        return Drop("template_hides_turns", f"{pair.place}: can't tell where the answer lies: {error}")
+        return hidden_turns(pair.place, error)
     return find_drop(pair, tokenized) or tokenized
 
 
 def encode_pair(pair: PreferencePair, tokenizer: Any, *, max_length: int, completion_mask: str) -> TokenizedPair:
     """Tokenizes both sides, whether or not the pair has a signal; as `tokenize_pair`, but raises `SpanError`."""
-    _check_settings(tokenizer, max_length, completion_mask)
+    check_settings(tokenizer, max_length, completion_mask)
+    rendered = render_pair(pair, tokenizer, completion_mask)
+    (pieces,) = encode_rendered([rendered], PairEncoder(tokenizer))
+    if isinstance(pieces, RowError):
+        raise pieces
+    return finish_pair(rendered, pieces, max_length)
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedPair:
+    """A pair's two texts, chosen and rejected, and in each the spans of the turns that count."""
+
+    pair: PreferencePair
+    texts: tuple[str, str]
+    spans: tuple[list[Span], list[Span]]
+
+
+def render_pair(pair: PreferencePair, tokenizer: Any, completion_mask: str) -> RenderedPair:
+    """The first of three steps: what the chat template makes of the pair. Raises as `encode_pair`."""
     first_turn = pair.prompt_messages if completion_mask == "final_turn" else 0
-    texts, spans = [], []
-    for messages in (pair.chosen, pair.rejected):
-        text, turns = _render(pair, messages, tokenizer, first_turn)
-        texts.append(text)
-        spans.append(turns)
+    chosen, chosen_spans = _render(pair, pair.chosen, tokenizer, first_turn)
+    rejected, rejected_spans = _render(pair, pair.rejected, tokenizer, first_turn)
+    return RenderedPair(pair, (chosen, rejected), (chosen_spans, rejected_spans))
+
+
+def encode_rendered(rendered: list[RenderedPair], encoder: PairEncoder) -> list[Pieces | RowError]:
+    """The second step, for many pairs at once: tokens, or the error of a pair whose text can't be encoded."""
     try:
-        encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return list(encoder.encode([(item.texts, item.spans) for item in rendered]))
     except (UnicodeEncodeError, TypeError) as error:
-        raise RowError("not_utf8", f"{pair.place}: the text can't be encoded: {error}") from None
-    input_ids = [ids[:max_length] for ids in encoded["input_ids"]]
-    offsets = [side[:max_length] for side in encoded["offset_mapping"]]
-    return TokenizedPair(
-        chosen_input_ids=input_ids[0],
-        chosen_completion_mask=mask_tokens(offsets[0], spans[0]),
-        rejected_input_ids=input_ids[1],
-        rejected_completion_mask=mask_tokens(offsets[1], spans[1]),
-        weight=pair.weight,
-        margin=pair.margin,
-        id=pair.id,
-        place=pair.place,
-    )
+        if len(rendered) == 1:
+            return [RowError("not_utf8", f"{rendered[0].pair.place}: the text can't be encoded: {error}")]
+        return [encode_rendered([item], encoder)[0] for item in rendered]
+
+
+def finish_pair(rendered: RenderedPair, pieces: Pieces, max_length: int) -> TokenizedPair:
+    """The third step: ids and masks, cut to `max_length`."""
+    pair = rendered.pair
+    ids = [list(chain.from_iterable(piece.ids for piece in side))[:max_length] for side in pieces]
+    masks = [list(chain.from_iterable(piece.mask for piece in side))[:max_length] for side in pieces]
+    for mask in masks:
+        mask[:1] = [0] * len(mask[:1])  # nothing predicts the first token
+    return TokenizedPair(ids[0], masks[0], ids[1], masks[1], pair.weight, pair.margin, pair.id, pair.place)
 
 
 def find_drop(pair: PreferencePair, tokenized: TokenizedPair) -> Drop | None:
@@ -115,24 +136,19 @@ def find_drop(pair: PreferencePair, tokenized: TokenizedPair) -> Drop | None:
     return None
 
 
-def mask_tokens(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[int]:
+def hidden_turns(place: str, error: SpanError) -> Drop:
+    """The drop of a pair whose turns the template hides."""
+    return Drop("template_hides_turns", f"{place}: can't tell where the answer lies: {error}")
+
+
+def mask_tokens(offsets: list[Span], spans: list[Span]) -> list[int]:
     """1 for each token whose first character lies in a span, else 0; position 0 can't be predicted and is 0.
 
     Args:
         offsets: the tokens' characters, [T] pairs of start and end in text order.
         spans: disjoint character ranges, sorted.
     """
-    mask, reached = [], 0
-    turns = iter([*spans, (sys.maxsize, sys.maxsize)])
-    start, end = next(turns)
-    for first, last in offsets:
-        if first == last:  # some tokenizers report a token of spaces as empty, standing behind them
-            first = min(first, reached)
-        reached = last if last > reached else reached
-        while first >= end:
-            start, end = next(turns)
-        mask.append(int(first >= start))
-    return [0, *mask[1:]] if mask else []
+    return [0, *mark_tokens(offsets, spans)[1:]] if offsets else []
 
 
 def shared_prefix_length(first: npt.ArrayLike, second: npt.ArrayLike) -> int:
@@ -184,7 +200,7 @@ def _render(
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= first_turn]
     try:
         text = template.render(messages, pair.tools)
-        return text, [template.assistant_span(text, messages, pair.tools, index) for index in turns]
+        return text, template.assistant_spans(text, messages, pair.tools, turns)
     except TemplateError as error:
         raise RowError(
             "template_error", f"{pair.place}: the chat template refuses this conversation: {error}"
@@ -207,7 +223,8 @@ def _is_empty(message: Message) -> bool:
     return not message.get("tool_calls") and not any(str(message.get(name) or "").strip() for name in spoken)
 
 
-def _check_settings(tokenizer: Any, max_length: int, completion_mask: str) -> None:
+def check_settings(tokenizer: Any, max_length: int, completion_mask: str) -> None:
+    """Raises `UserError` for settings or a tokenizer that no pair can be tokenized with."""
     if completion_mask not in COMPLETION_MASKS:
         raise UserError(f"completion_mask must be one of {', '.join(COMPLETION_MASKS)}, not '{completion_mask}'")
     if max_length < 2:

@@ -4,6 +4,9 @@ Looking for marker text such as `<|im_start|>assistant` would also find markers 
 found by rendering the conversation once more with that turn's words replaced by a mark: whatever stands before the
 mark and after it is the template's and the other turns', whatever they say. Where a turn *begins* is where
 generation would have begun: after what the template writes between the previous turn's words and the answer.
+
+Plain conversations of the same roles differ in their words only. What surrounds the words is learnt once, in that way,
+from a stand-in; a conversation that is exactly this with its own words filled in needs no second rendering.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ from typing import Any
 
 import jinja2
 
+from minimind_dpo.data import outline
 from minimind_dpo.data.records import Message
+from minimind_dpo.data.rendering import compiled_template, is_plain
 
 # A generation prompt may end with an (empty) thinking block; what is thought belongs to the answer.
 _THINKING = re.compile(r"[<\[]\|?\w*think", re.IGNORECASE)
@@ -38,7 +43,9 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        self._direct = compiled_template(tokenizer)
         self._leads: dict[tuple[Any, ...], tuple[str, int]] = {}
+        self._outlines: dict[tuple[str, ...], outline.Outline | None] = {}
         self._terminator: str | None = None
 
     def render(self, messages: list[Message], tools: Any = None, add_generation_prompt: bool = False) -> str:
@@ -48,6 +55,14 @@ class ChatTemplate:
             TemplateError: the template refuses the conversation.
         """
         try:
+            if self._direct is not None and tools is None and is_plain(messages):
+                return self._direct.render(
+                    messages=messages,
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=add_generation_prompt,
+                    **self.tokenizer.special_tokens_map | {"date_string": _LLAMA_DATE},
+                )
             return self.tokenizer.apply_chat_template(
                 messages,
                 tools=tools,
@@ -57,6 +72,21 @@ class ChatTemplate:
             )
         except _RENDER_ERRORS as error:
             raise TemplateError(f"{type(error).__name__}: {error}") from None
+
+    def assistant_spans(
+        self, text: str, messages: list[Message], tools: Any, indices: list[int]
+    ) -> list[tuple[int, int]]:
+        """`assistant_span` of several turns."""
+        if tools is None and is_plain(messages):
+            roles = tuple(message["role"] for message in messages)
+            if roles not in self._outlines:
+                self._outlines[roles] = self._learn_outline(roles)
+            known = self._outlines[roles]
+            if known is not None:
+                spans = known.spans(text, [message["content"] for message in messages], indices)
+                if spans is not None:
+                    return spans
+        return [self.assistant_span(text, messages, tools, index) for index in indices]
 
     def assistant_span(self, text: str, messages: list[Message], tools: Any, index: int) -> tuple[int, int]:
         """Start and end of turn `index` in `text`, the rendered conversation; the end includes the end marker.
@@ -79,6 +109,23 @@ class ChatTemplate:
         if start > closed or text[:start] != probe[:start] or text[closed:] != probe[closing:]:
             raise SpanError(f"the template renders what surrounds message {index} differently, depending on its words")
         return start, end
+
+    def _learn_outline(self, roles: tuple[str, ...]) -> outline.Outline | None:
+        words = outline.stand_ins(len(roles))
+        talk, padded = (
+            [{"role": role, "content": f"{pad}{said}{pad}"} for role, said in zip(roles, words, strict=True)]
+            for pad in ("", " ")
+        )
+        try:
+            text = self.render(talk)
+            turns = {
+                index: self.assistant_span(text, talk, None, index)
+                for index, role in enumerate(roles)
+                if role == "assistant"
+            }
+            return outline.learn(text, self.render(padded), len(roles), turns)
+        except (SpanError, TemplateError):
+            return None
 
     @property
     def terminator(self) -> str:

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
-from multiprocessing import get_context
 from typing import Any
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from minimind_dpo.config import BAD_ROW_POLICIES
 from minimind_dpo.data import cache
-from minimind_dpo.data.chat import Drop, TokenizedPair, load_tokenizer, tokenize_pair
-from minimind_dpo.data.records import RowError, logger, parse_line
+from minimind_dpo.data.chat import TokenizedPair, load_tokenizer
+from minimind_dpo.data.chunks import Chunk, Settings, tokenize_chunks
+from minimind_dpo.data.records import RowError, logger
 from minimind_dpo.data.sources import DataFile, count_rows, find_files, read_rows
 from minimind_dpo.errors import UserError
 
 __all__ = ["Report", "TokenizedData", "load_tokenizer", "tokenize_files"]
 
 _ROWS_PER_CHUNK = 128
-_BYTES_PER_PROCESS = 8 << 20  # smaller data is done before a second process has started
+_BYTES_PER_PROCESS = 6 << 20  # smaller data is done before a second process has started (about 1 s)
 
 
 @dataclass(slots=True)
@@ -50,24 +49,17 @@ class TokenizedData:
 
     `dataset` is a memory-mapped `datasets.Dataset`; its rows have `chosen_input_ids`, `chosen_completion_mask`,
     `rejected_input_ids`, `rejected_completion_mask`, `weight`, `margin`, `id` and `place`. `digest` is the sha256 of
-    all ids, masks, weights and margins in order: the same content under another path has the same digest.
+    all ids, masks, weights and margins in order: the same content under another path has the same digest. `tokens` [N]
+    (int32) are the input tokens of each pair with the shared prefix stored once.
     """
 
     dataset: Any
+    tokens: np.ndarray
     digest: str
     report: Report
 
     def __len__(self) -> int:
         return len(self.dataset)
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What decides how a row is tokenized; part of the cache's key."""
-
-    max_length: int
-    completion_mask: str
-    on_bad_row: str
 
 
 def tokenize_files(
@@ -118,7 +110,7 @@ def tokenize_files(
         logger.log(logging.WARNING if report.dropped else logging.INFO, "%s", report)
     # The cache keeps numbers; the names are those of the files in use now, which may have moved.
     dataset = dataset.with_transform(partial(_add_places, tuple(replace(file, dataset=None) for file in files)))
-    return TokenizedData(dataset, meta["digest"], report)
+    return TokenizedData(dataset, dataset.data["tokens"].to_numpy(), meta["digest"], report)
 
 
 def _tokenize_into(
@@ -131,7 +123,7 @@ def _tokenize_into(
 ) -> None:
     bar = tqdm(total=rows, desc="tokenizing", unit=" pairs", disable=None if _is_first_rank() else True)
     with bar:
-        for chunk, outcomes in _tokenize_chunks(_chunks(files), tokenizer, settings, processes):
+        for chunk, outcomes in tokenize_chunks(_chunks(files), tokenizer, settings, processes):
             for (file, row, _, _), outcome in zip(chunk, outcomes, strict=True):
                 if isinstance(outcome, TokenizedPair):
                     writer.add(outcome, file, row)
@@ -146,71 +138,12 @@ def _tokenize_into(
         raise UserError(f"no usable pair in {', '.join(file.name for file in files)}: {report}")
 
 
-Chunk = list[tuple[int, int, str, bytes | dict[str, Any]]]  # file, row, place, undecoded row
-Outcome = TokenizedPair | tuple[Drop, bool]  # why there is no pair, and whether the row is malformed
-
-
 def _chunks(files: tuple[DataFile, ...]) -> Iterator[Chunk]:
     rows = (
         (number, row, file.place(row), payload) for number, file in enumerate(files) for row, payload in read_rows(file)
     )
     while chunk := list(islice(rows, _ROWS_PER_CHUNK)):
         yield chunk
-
-
-def _tokenize_chunks(
-    chunks: Iterator[Chunk], tokenizer: Any, settings: Settings, processes: int
-) -> Iterator[tuple[Chunk, list[Outcome]]]:
-    """Chunks and their outcomes, in order, whatever the number of processes."""
-    # The first chunk is always done here: small data never pays for processes, and notices are given once.
-    for chunk in islice(chunks, 1 if processes > 1 else None):
-        yield chunk, _tokenize_chunk(chunk, tokenizer, settings)
-    waiting: deque[tuple[Chunk, Future[list[Outcome]]]] = deque()
-    if processes == 1 or not (second := next(chunks, None)):
-        return
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (tokenizer, settings))
-    try:
-        waiting.append((second, pool.submit(_work, second)))
-        for chunk in chunks:
-            waiting.append((chunk, pool.submit(_work, chunk)))
-            if len(waiting) > 3 * processes:  # bounded, so that a fast reader doesn't fill the memory
-                done, future = waiting.popleft()
-                yield done, future.result()
-        while waiting:
-            done, future = waiting.popleft()
-            yield done, future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _tokenize_chunk(chunk: Chunk, tokenizer: Any, settings: Settings) -> list[Outcome]:
-    return [_tokenize_row(payload, place, tokenizer, settings) for _, _, place, payload in chunk]
-
-
-def _tokenize_row(payload: bytes | dict[str, Any], place: str, tokenizer: Any, settings: Settings) -> Outcome:
-    try:
-        pair = parse_line(payload, place)
-        outcome = tokenize_pair(
-            pair, tokenizer, max_length=settings.max_length, completion_mask=settings.completion_mask
-        )
-    except RowError as error:
-        return Drop(error.reason, str(error)), True
-    return (outcome, False) if isinstance(outcome, Drop) else outcome
-
-
-_worker: tuple[Any, Settings] | None = None
-
-
-def _start_worker(tokenizer: Any, settings: Settings) -> None:
-    global _worker
-    _worker = (tokenizer, settings)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    logger.setLevel(logging.ERROR)  # the parent has given the notices
-
-
-def _work(chunk: Chunk) -> list[Outcome]:
-    assert _worker is not None
-    return _tokenize_chunk(chunk, *_worker)
 
 
 def _add_places(files: tuple[DataFile, ...], batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
