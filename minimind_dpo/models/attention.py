@@ -101,11 +101,16 @@ def _mask(query: Tensor, key: Tensor, window: int | None) -> Tensor | None:
         if queries == keys:
             return None
         window = keys
-    position = torch.arange(keys, device=query.device)
+    return _banded_mask(queries, keys, window, query.dtype, query.device)
+
+
+@lru_cache(maxsize=16)  # every layer asks for the same ones
+def _banded_mask(queries: int, keys: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    position = torch.arange(keys, device=device)
     distance = position[keys - queries :, None] - position[None]
     hidden = (distance < 0) | (distance >= window)
     # a float mask keeps SDPA's fused path on CPU; a boolean one would leave it
-    return torch.zeros_like(distance, dtype=query.dtype).masked_fill_(hidden, float("-inf"))
+    return torch.zeros_like(distance, dtype=dtype).masked_fill_(hidden, float("-inf"))
 
 
 def sdpa_attention(
