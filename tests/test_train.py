@@ -28,7 +28,8 @@ from helpers_run import (
 )
 
 from minimind_dpo.config import load_config
-from minimind_dpo.errors import UserError
+from minimind_dpo.errors import TrainingError, UserError
+from minimind_dpo.training import loop
 from minimind_dpo.training.checkpoint import checkpoint_problem
 from minimind_dpo.training.run_directory import held
 
@@ -106,6 +107,22 @@ def test_layout_and_recomputation_change_nothing(inputs: Inputs, tmp_path: Path,
     train_here(inputs.flags(tmp_path / "packed", learning_rate=1e-3))
     train_here(inputs.flags(tmp_path / "other", learning_rate=1e-3, **options))
     assert relative_distance(tmp_path / "other", tmp_path / "packed") < 1e-6
+
+
+def test_reading_later_and_workers_change_nothing(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As beside a GPU: a step's numbers are read when the next is under way, batches are laid out by a process."""
+    train_here(inputs.flags(tmp_path / "plain", num_train_epochs=2, logging_steps=4))
+    monkeypatch.setattr(loop, "_steps_ahead", lambda device: 1)
+    train_here(inputs.flags(tmp_path / "ahead", num_train_epochs=2, logging_steps=4, dataloader_num_workers=1))
+    assert same_bits(tmp_path / "ahead", tmp_path / "plain")
+    names = ("step", "loss", "grad_norm", "rewards/margins", "pairs_seen")
+    ahead, plain = ([[line[name] for name in names] for line in train_lines(tmp_path / run)]
+                    for run in ("ahead", "plain"))
+    assert ahead == plain
+    with pytest.raises(TrainingError, match="of optimizer step 2 is not finite"):
+        train_here(inputs.flags(tmp_path / "lost", logging_steps=10, learning_rate="1e30", max_grad_norm=0))
 
 
 def test_bf16_stays_close(inputs: Inputs, tmp_path: Path) -> None:

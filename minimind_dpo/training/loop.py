@@ -96,7 +96,7 @@ def train(run: Run) -> None:
                     disable=not accelerator.is_main_process)
     clock = _Clock(state)
     unread: deque[_Outcome] = deque()
-    lag = 0 if accelerator.device.type == "cpu" else 1  # a GPU is never waited for before it has its next work
+    lag = _steps_ahead(accelerator.device)
     stopped = False
     if state.step == 0:
         _evaluate(run)
@@ -141,6 +141,11 @@ def _describe(run: Run, directory: Path) -> None:
     describe_model(policy, directory)
     describe_adapter(policy, directory)
     run.tokenizer.save_pretrained(directory)
+
+
+def _steps_ahead(device: torch.device) -> int:
+    """Steps that are begun before the numbers of an earlier one are read: a GPU always has work while it is asked."""
+    return 0 if device.type == "cpu" else 1
 
 
 def _due(every: int | None, step: int) -> bool:
