@@ -159,7 +159,7 @@ def test_killed_again_and_again(inputs: Inputs, tmp_path: Path, accelerate: str 
     assert undisturbed.returncode == 0, undisturbed.stderr
 
     flags, rng, kills = inputs.flags(tmp_path / "killed", **options), random.Random(7), 0
-    for _ in range(8):
+    for _ in range(5):
         process = subprocess.Popen(command(flags, accelerate), env=environment(), start_new_session=True,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         _wait_for_progress(process, tmp_path / "killed" / "metrics.jsonl")
