@@ -105,15 +105,15 @@ _CHOICES = {
 }
 
 
-def load_config(argv: list[str]) -> TrainConfig:
-    """Build the configuration of `minimind-dpo train` from its arguments.
+def load_config(argv: list[str], verb: str = "train") -> TrainConfig:
+    """Build the configuration of `minimind-dpo train`, or another verb with its flags, from its arguments.
 
     `--config FILE` names a yaml file with the same keys; the command line wins over it.
 
     Raises:
         UserError: with every problem found in the file, the flags and the values, one a line.
     """
-    parser = _parser()
+    parser = _parser(verb)
     known, unknown = parser.parse_known_args(argv)
     flags = {k: v for k, v in vars(known).items() if v is not None}
     problems = [f"{flag.split('=')[0]}: {_nearest(flag.lstrip('-').split('=')[0])}"
@@ -153,10 +153,11 @@ def save_config(config: TrainConfig, path: Path) -> None:
     path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True), "utf-8")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(verb: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="minimind-dpo train", usage="minimind-dpo train [--config FILE] [--KEY VALUE ...]", allow_abbrev=False,
-        description="Train a causal language model on preference pairs with DPO.")
+        prog=f"minimind-dpo {verb}", usage=f"minimind-dpo {verb} [--config FILE] [--KEY VALUE ...]", allow_abbrev=False,
+        description={"train": "Train a causal language model on preference pairs with DPO.",
+                     "precompute": "Fill the reference cache for a training run; its flags."}[verb])
     parser.add_argument("--config", nargs=1, metavar="FILE", help="yaml file with the keys below")
     for f in fields(TrainConfig):
         default = "" if f.default in (None, "", dataclasses.MISSING) else f" (default: {_plain(f.default)})"

@@ -116,6 +116,11 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return plugin is not None and plugin.zero_stage == 3
 
 
+def divides_states(accelerator: Accelerator) -> bool:
+    """Whether ranks divide the policy's training states among them (any ZeRO stage), so memory is what is scarce."""
+    return accelerator.state.deepspeed_plugin is not None
+
+
 def scoring_dtype(accelerator: Accelerator) -> torch.dtype | None:
     """The type DeepSpeed rounds all weights to; None where they stay as loaded and autocast rounds what they meet."""
     if accelerator.state.deepspeed_plugin is None:

@@ -49,7 +49,7 @@ def run_plan(argv: list[str]) -> int:
     shape = read_shape(args.model_name_or_path, args.num_attention_heads, args.lora_r)
     available = _available(args)
     if args.zero_stage is None:
-        plans = [_plan(name, shape, candidate, available) for name, candidate in _candidates(setup, args.device)]
+        plans = [_plan(name, shape, candidate, available) for name, candidate in _candidates(setup, args)]
     else:
         plans = [_plan(_name(setup, args.device), shape, setup, available)]
     report: dict[str, Any] = {
@@ -122,13 +122,19 @@ def _setup(args: argparse.Namespace) -> Setup:
                         f"{torch.cuda.device_count()}; use --device cpu")
     if problems:
         raise UserError("plan: " + "\n  ".join(problems))
-    reference = args.reference if args.reference != "auto" else "adapter" if args.lora_r else "cache"
     cpu = args.device == "cpu"
     precision = args.mixed_precision or ("no" if cpu else "bf16")
     return Setup(world=args.num_processes, per_node=per_node, stage=stage, offload=args.offload,
-                 bf16=precision == "bf16", reference=reference, pairs=args.per_device_train_batch_size,
+                 bf16=precision == "bf16", reference=_reference(args, stage), pairs=args.per_device_train_batch_size,
                  length=args.max_length, prompt_share=args.prompt_share,
                  checkpointing=args.gradient_checkpointing == "true", cpu=cpu)
+
+
+def _reference(args: argparse.Namespace, stage: int) -> str:
+    """Where the reference is; of what `auto` may choose without ZeRO the larger, a second model for a single epoch."""
+    if args.reference != "auto":
+        return str(args.reference)
+    return "adapter" if args.lora_r else "cache" if stage else "live"
 
 
 def _available(args: argparse.Namespace) -> dict[str, float | None]:
@@ -141,12 +147,12 @@ def _available(args: argparse.Namespace) -> dict[str, float | None]:
     return {"device": device if args.device == "cuda" else host, "host": host}
 
 
-def _candidates(setup: Setup, device: str) -> list[tuple[str, Setup]]:
+def _candidates(setup: Setup, args: argparse.Namespace) -> list[tuple[str, Setup]]:
     """The named configurations for the planned number of ranks."""
     skipped = "single" if setup.world > 1 else "multi"
-    setups = [dataclasses.replace(setup, stage=stage, offload=offload)
+    setups = [dataclasses.replace(setup, stage=stage, offload=offload, reference=_reference(args, stage))
               for name, (stage, offload) in CONFIGURATIONS.items() if name != skipped]
-    return [(_name(candidate, device), candidate) for candidate in setups]
+    return [(_name(candidate, args.device), candidate) for candidate in setups]
 
 
 def _name(setup: Setup, device: str) -> str:
@@ -167,7 +173,8 @@ def _plan(name: str, shape: ModelShape, setup: Setup, available: dict[str, float
         fits = None if fits else False
     elif not setup.cpu:
         fits = fits and device.total / GIB * SPARE <= (available["device"] or 0.0)
-    return {"name": name, "fits": fits, "device": _gib(device), "host": _gib(host), "host_node_gib": node}
+    return {"name": name, "reference": setup.reference, "fits": fits, "device": _gib(device), "host": _gib(host),
+            "host_node_gib": node}
 
 
 def _gib(memory: Memory) -> dict[str, Any]:
@@ -177,8 +184,9 @@ def _gib(memory: Memory) -> dict[str, Any]:
 
 def _text(report: dict[str, Any]) -> str:
     setup, plans, available = report["setup"], report["plans"], report["available_gib"]
+    references = " or ".join(dict.fromkeys(plan["reference"] for plan in plans))
     lines = [f"{report['model']}: {report['parameters'] / 1e6:.1f} M parameters, "
-             f"{report['trained_parameters'] / 1e6:.1f} M trained; reference {setup['reference']}; "
+             f"{report['trained_parameters'] / 1e6:.1f} M trained; reference {references}; "
              f"{setup['pairs']} pairs of 2 x {setup['length']} tokens a rank, {setup['world']} rank(s)", ""]
     for plan in plans if len(plans) == 1 else []:
         for where in ("device",) if setup["cpu"] else ("device", "host"):

@@ -17,7 +17,7 @@ from minimind_dpo.engine import freeze, loading_reference, release, scoring_dtyp
 from minimind_dpo.errors import UserError, exit_code
 from minimind_dpo.reference import reference_digest
 from minimind_dpo.scoring import PairScorer, choose_layout
-from minimind_dpo.training.ref_model import choose_mode, fill_cache, make_cache
+from minimind_dpo.training.ref_model import fill_cache, make_cache, switches_adapters_off
 from minimind_dpo.training.session import in_session, tokenizer_path
 from minimind_dpo.training.setup import check_vocabulary, load, load_data
 from minimind_dpo.training.signals import StopRequest
@@ -62,13 +62,13 @@ def _precompute(config: TrainConfig, accelerator: Accelerator, stop: StopRequest
         pairs = sum(len(part.positions) for part in needed)
         print(f"{pairs} pairs: {scored} scored ({scored / seconds:.1f} pairs/s), {pairs - scored} found\n"
               f"in {cache.directory}")
-    if choose_mode(config)[0] != "cache":
+    if switches_adapters_off(config):
         logger.info("with LoRA, train reads it if told --reference cache; by default it switches the matrices off")
 
 
 def main(argv: list[str]) -> int:
     """`minimind-dpo precompute`."""
-    return run(load_config(argv), last_act=True)
+    return run(load_config(argv, "precompute"), last_act=True)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 CHUNK_PAIRS = 64
 SEGMENT_CHUNKS = 1024
+_ABANDONED = 24 * 3600  # seconds after which nobody writes a file any more
 _FORMAT = 2  # raise it when files are laid out, or pairs are batched for scoring, differently
 _SCHEMA = pa.schema([("key", pa.binary(16)), ("logps", pa.list_(pa.float32()))])
 _KEY = "S16"  # numpy orders and compares these; it ignores trailing zeros, alike on both sides
@@ -158,6 +160,9 @@ class ReferenceCache:
         segments = {path.name: path.stat().st_size for path in self._paths("segment")}
         with self._aside(self.directory / "complete" / f"{needed.names()[-1]}.json") as partial:
             partial.write_text(json.dumps({"pairs": len(needed.positions), "segments": segments}), "utf-8")
+        for path in self.directory.glob(".*.partial"):  # a process that was killed could not remove its own
+            if path.stat().st_mtime < time.time() - _ABANDONED:
+                path.unlink(missing_ok=True)
 
     def marked(self, needed: Sequence[Needed]) -> list[str] | None:
         """The segments that hold all of `needed`; None where that is not known, or no longer true."""

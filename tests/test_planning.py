@@ -265,7 +265,8 @@ def test_all_configurations_are_compared(
         "multi_gpu", "ds_zero1", "ds_zero2", "ds_zero2_offload", "ds_zero3", "ds_zero3_offload"]
     for plan in report["plans"]:
         assert (REPOSITORY / "configs" / "accelerate" / f"{plan['name']}.yaml").is_file()
-        assert set(plan) == {"name", "fits", "device", "host", "host_node_gib"}
+        assert set(plan) == {"name", "reference", "fits", "device", "host", "host_node_gib"}
+        assert plan["reference"] == ("live" if plan["name"] == "multi_gpu" else "cache")  # the larger of auto's choices
         assert set(plan["device"]["parts_gib"]) == set(planning.PARTS)
         assert plan["fits"] is True
     assert report["recommended"] == "multi_gpu"

@@ -112,9 +112,36 @@ def test_a_signal_stops_it_and_it_goes_on(inputs: Inputs, tmp_path: Path, number
     assert f"{kept} found" in result.stdout
 
 
+@pytest.mark.parametrize(("options", "fills"), [
+    ({}, False), ({"max_steps": 2}, False), ({"num_train_epochs": 2}, True), ({"max_steps": 4}, True),
+    ({"eval_data": "held out"}, True)])
+def test_auto_fills_a_cache_only_to_read_it_twice(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], fills: bool
+) -> None:
+    """A single pass starts at once with a live reference; a cache that is complete is read by any run."""
+    if "eval_data" in options:
+        options["eval_data"] = inputs.eval_data
+    assert train_here(inputs.flags(tmp_path / "empty", **options)) == 0
+    assert any(".arrow " in name for name in cache_files()) == fills
+    assert cli.main(["precompute", *inputs.flags(tmp_path / "unused", **options)]) == 0
+    before = cache_files()
+    monkeypatch.setattr(reference.CacheFiller, "fill", None)
+    monkeypatch.setattr(reference.LiveReference, "per_token_logps", None)
+    assert train_here(inputs.flags(tmp_path / "complete", **options)) == 0
+    assert cache_files() == before
+    for ours, theirs in zip(numbers(tmp_path / "empty"), numbers(tmp_path / "complete"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+
+
 @pytest.mark.parametrize("reference", ["live", "offload"])
 def test_a_reference_without_a_cache_is_refused(
     inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str], reference: str
 ) -> None:
     assert cli.main(["precompute", *inputs.flags(tmp_path, reference=reference)]) == 2
     assert f"reference: a run with {reference} reads no cache" in capsys.readouterr().err
+
+
+def test_help_names_its_own_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["precompute", "--help"])
+    assert capsys.readouterr().out.startswith("usage: minimind-dpo precompute [--config FILE]")

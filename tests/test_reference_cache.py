@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
@@ -252,6 +253,15 @@ def test_values_of_a_pair_scored_twice(tmp_path: Path) -> None:
         cache.open(cache.merge())
         found.add(cache.get([key])[0].tobytes())
     assert len(found) == 1
+
+
+def test_what_a_killed_fill_left_goes_after_a_day(tmp_path: Path, scorer: Scorer) -> None:
+    old, new = tmp_path / ".chunk-a.arrow.1.partial", tmp_path / ".chunk-b.arrow.2.partial"
+    for path, age in ((old, 25), (new, 1)):
+        path.write_bytes(b"cut off")
+        os.utime(path, (time.time() - age * 3600,) * 2)
+    fill(tmp_path, scorer, needed(make_data()))
+    assert not old.exists() and new.exists()
 
 
 def test_keys_may_end_in_zeros(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from minimind_dpo.config import TrainConfig
-from minimind_dpo.engine import freeze, is_sharded, loading_reference, release, scoring_dtype, unwrap
+from minimind_dpo.engine import divides_states, freeze, is_sharded, loading_reference, release, scoring_dtype, unwrap
 from minimind_dpo.errors import UserError
 from minimind_dpo.ranks import on_main
 from minimind_dpo.reference import (
@@ -39,28 +39,43 @@ class LoadedReference:
         mode: live, offload, cache or adapter.
         model: None where the policy's start, itself, is the reference.
         digest: of its weights.
+        chosen: by `auto`; a live reference then gives way to a cache that is complete.
     """
 
     mode: str
     model: PreTrainedModel | None
     digest: str
+    chosen: bool = False
 
 
-def choose_mode(config: TrainConfig) -> tuple[str, str]:
-    """The reference mode that `config` asks for or `auto` chooses, and why."""
+def switches_adapters_off(config: TrainConfig) -> bool:
+    """Whether `auto` needs no reference of its own."""
+    return config.reference == "auto" and config.lora_r is not None and config.ref_model_name_or_path is None
+
+
+def choose_mode(config: TrainConfig, accelerator: Accelerator, once: bool) -> tuple[str, str]:
+    """The reference mode that `config` asks for or `auto` chooses, and why.
+
+    Args:
+        config: of the run.
+        accelerator: of the run.
+        once: no pair will be scored a second time.
+    """
     if config.reference != "auto":
         return config.reference, "as configured"
-    if config.lora_r is not None and config.ref_model_name_or_path is None:
+    if switches_adapters_off(config):
         return "adapter", "the policy without its LoRA matrices is the reference; nothing more to hold or to compute"
+    if once and not divides_states(accelerator):
+        return "live", "every pair is scored once, so filling a cache would only delay the first step"
     return "cache", "log-probabilities are computed once; no second model stays in memory"
 
 
 def load_reference(
     config: TrainConfig, accelerator: Accelerator, policy: PreTrainedModel,
-    load: Callable[[TrainConfig, str], PreTrainedModel],
+    load: Callable[[TrainConfig, str], PreTrainedModel], once: bool,
 ) -> LoadedReference:
-    """Load or copy the reference model, as long as `policy` is still as loaded. Collective."""
-    mode, reason = choose_mode(config)
+    """Load or copy the reference model, as long as `policy` is still as loaded; `once` as above. Collective."""
+    mode, reason = choose_mode(config, accelerator, once)
     logger.info("reference: %s (%s)", mode, reason)
     model, path = None, config.ref_model_name_or_path
     if path is None and mode in ("live", "offload"):
@@ -72,7 +87,7 @@ def load_reference(
         with loading_reference(accelerator, offload=mode == "offload"):
             model = load(config, path)
     digest = reference_digest(policy if model is None else model, scoring_dtype(accelerator))
-    return LoadedReference(mode, model, digest)
+    return LoadedReference(mode, model, digest, chosen=config.reference == "auto")
 
 
 def make_reference(
@@ -82,7 +97,8 @@ def make_reference(
     """The reference in its mode, for batches of `layout`; a cache is filled for the `needed` pairs first."""
     if loaded.mode == "adapter":
         return AdapterReference(policy, accelerator.autocast)
-    cache = make_cache(config, accelerator, loaded.digest, layout) if loaded.mode == "cache" else None
+    reads_cache = loaded.mode == "cache" or loaded.chosen
+    cache = make_cache(config, accelerator, loaded.digest, layout) if reads_cache else None
     if cache is not None and open_complete(accelerator, cache, needed):
         loaded.model = None
         return CachedReference(cache)
@@ -93,7 +109,7 @@ def make_reference(
         if choose_layout(unwrap(scorer), config.attn_implementation, accelerator.device) is not layout:
             raise UserError("ref_model_name_or_path: this model cannot use the policy's batch layout; "
                             "set attn_implementation: sdpa")
-    if cache is None:
+    if cache is None or loaded.mode != "cache":
         return LiveReference(scorer, accelerator.autocast)
     training = scorer.training
     fill_cache(accelerator, cache, scorer.eval(), layout, needed, stop)

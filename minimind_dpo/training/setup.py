@@ -51,7 +51,8 @@ def build_run(
     data = load_data(config, accelerator, tokenizer)
     order, steps = data.order, data.steps
     stop.listen()
-    loaded = load_reference(config, accelerator, policy, load)  # from CPU memory, before the policy moves
+    # from CPU memory, before the policy moves
+    loaded = load_reference(config, accelerator, policy, load, once=data.scored_once())
     if not is_sharded(accelerator):
         policy.to(accelerator.device)  # type: ignore[arg-type]
     scorer, optimizer = prepare(accelerator, *_trainable(config, policy))
@@ -86,6 +87,10 @@ class Data:
     eval: TokenizedData | None
     order: PairOrder
     steps: int
+
+    def scored_once(self) -> bool:
+        """Whether the run comes to no pair a second time."""
+        return self.eval is None and self.steps <= self.order.steps_per_epoch
 
     def needed(self) -> list[Needed]:
         """The pairs that need reference log-probabilities."""
