@@ -5,7 +5,8 @@
 
 The product's own loop on the pairs and the 26M model of throughput.py; functions of it are timed from outside, each
 without what it calls. On a GPU the device is waited for at every mark, which makes the step itself slower. Medians over
-steps, the first left out; GFLOP/s are 2 x parameters x tokens / seconds forward, twice that backward.
+steps, the first left out. GFLOP/s are 6 x parameters x real tokens over a step's seconds without the reference's; the
+peak they are a share of is that of torch.mm in fp32, the best size's median, measured after every step.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ if __name__ == "__main__":  # the project's root instead of this directory, wher
 
 import torch
 
+from benchmarks.throughput import matrix_peak
 from benchmarks.workloads import MAX_LENGTH, MIXES, minimind_shape, mix_lengths, save_model, word_tokenizer, write_pairs
 from minimind_dpo.config import make_config
 from minimind_dpo.data.tokenized import load_tokenizer
@@ -45,6 +47,7 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
+        self.peaks: list[dict[int, float]] = []  # GFLOP/s of matrix products by size, after each step
         self._inner = [0.0]  # seconds spent in phases within the running one, for each that is open
         self._step: defaultdict[str, float] = defaultdict(float)
 
@@ -67,6 +70,7 @@ class Stopwatch:
         """Begin the next step's account."""
         self.steps.append(dict(self._step))
         self._step.clear()
+        self.peaks.append(matrix_peak())
 
 
 def _now() -> float:
@@ -133,7 +137,7 @@ def main() -> None:
             clock = Stopwatch()
             watch(run, clock)
             loop.train(run)
-    _print(clock.steps[1:], run, args.batch)
+    _print(clock, run, args.batch)
 
 
 def vocabulary_of(model: str) -> int:
@@ -143,16 +147,21 @@ def vocabulary_of(model: str) -> int:
     return AutoConfig.from_pretrained(model).vocab_size
 
 
-def _print(steps: list[dict[str, float]], run: loop.Run, batch: int) -> None:
+def _print(clock: Stopwatch, run: loop.Run, batch: int) -> None:
+    steps = clock.steps[1:]
     seconds = {phase: statistics.median(step.get(phase, 0.0) for step in steps) for phase in PHASES}
     total = sum(seconds.values())
-    tokens = int(run.train_data.tokens[batch:].sum()) / len(steps)
-    parameters = sum(weight.numel() for weight in unwrap(run.scorer).parameters())
     print(f"\n| phase | seconds a step | share |\n|{'---|' * 3}")
     for phase, value in seconds.items():
         print(f"| {phase} | {value:.4f} | {value / total:.1%} |")
-    print(f"| all | {total:.4f} | |\n\n{batch} pairs of {tokens / batch:.0f} tokens a step, {parameters / 1e6:.1f}M "
-          f"parameters: {total / batch:.3f} s a pair, {6 * parameters * tokens / total / 1e9:.0f} GFLOP/s (policy)")
+    print(f"| all | {total:.4f} | |\n")
+    parameters = sum(weight.numel() for weight in unwrap(run.scorer).parameters())
+    tokens = run.train_data.tokens.reshape(-1, batch).sum(axis=1)[1:]
+    rate = statistics.median(6 * parameters * int(count) / (sum(step.values()) - step.get("reference", 0.0)) / 1e9
+                             for count, step in zip(tokens, steps, strict=True))
+    peak = max(statistics.median(rates[size] for rates in clock.peaks) for size in clock.peaks[0])
+    print(f"{batch} pairs of {tokens.mean() / batch:.0f} tokens a step, {parameters / 1e6:.1f}M parameters: "
+          f"{total / batch:.3f} s a pair, {rate:.0f} GFLOP/s (policy), {rate / peak:.0%} of torch.mm's {peak:.0f}")
 
 
 if __name__ == "__main__":

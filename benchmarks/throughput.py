@@ -83,9 +83,9 @@ def make_job(options: argparse.Namespace, scratch: Path) -> tuple[Job, list[Pair
     return Job(
         model=model, tokenizer=str(scratch / "tokenizer"), scratch=str(scratch),
         pairs=write_pairs(scratch / "pairs.jsonl", lengths, vocab_size, options.seed), batch=options.batch,
-        micro_batch=options.micro_batch or options.batch, max_length=MAX_LENGTH[options.mix], windows=windows,
-        threads=options.threads, loss_type=options.loss_type, learning_rate=options.learning_rate,
-        minimind=options.minimind), lengths
+        micro_batch=options.micro_batch or min(options.batch, 4), max_length=MAX_LENGTH[options.mix], windows=windows,
+        threads=options.threads, loss_type=options.loss_type or ("sigmoid_norm" if options.minimind else "sigmoid"),
+        learning_rate=options.learning_rate, minimind=options.minimind), lengths
 
 
 def measure(names: list[str], job: Job) -> tuple[dict[str, list[Window]], float]:
@@ -208,14 +208,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mix", choices=MIXES, default="chat")
     parser.add_argument("--batch", type=int, default=4, help="pairs an optimizer step")
-    parser.add_argument("--micro_batch", type=int, help="pairs a micro-batch (default: the batch)")
+    parser.add_argument("--micro_batch", type=int, help="pairs a micro-batch (default: the batch, at most 4)")
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contestants", default=",".join(CONTESTANTS), help="names, see benchmarks/peers.py")
     parser.add_argument("--minimind", help="directory of a MiniMind checkout whose model has --model's weights "
-                        "(generation 2 for the default); newer ones average over tokens: --loss_type sigmoid_norm")
+                        "(generation 2 for the default)")
     parser.add_argument("--model", help="directory of another model (default: MiniMind's 26M shape, random weights)")
-    parser.add_argument("--loss_type", choices=("sigmoid", "sigmoid_norm"), default="sigmoid")
+    parser.add_argument("--loss_type", choices=("sigmoid", "sigmoid_norm"),
+                        help="default: sigmoid; beside MiniMind's script sigmoid_norm, its own")
     parser.add_argument("--learning_rate", type=float, default=1e-6)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--seed", type=int, default=0)
