@@ -32,7 +32,7 @@ from benchmarks.workloads import MAX_LENGTH, MIXES, minimind_shape, mix_lengths,
 from minimind_dpo.config import make_config
 from minimind_dpo.data.tokenized import load_tokenizer
 from minimind_dpo.engine import make_accelerator, unwrap
-from minimind_dpo.models.attention import _CpuPairAttention
+from minimind_dpo.models.attention_cpu import CpuPairAttention
 from minimind_dpo.models.head import _TokenLogps
 from minimind_dpo.training import loop
 from minimind_dpo.training.setup import build_run
@@ -103,9 +103,9 @@ def watch(run: loop.Run, clock: Stopwatch) -> None:
     run.reference.per_token_logps = clock.around("reference", run.reference.per_token_logps)  # type: ignore[method-assign]
     decoder.forward = clock.around("forward: layers", decoder.forward)
     head.forward = clock.around("forward: head", head.forward)
-    for node, phase in ((_CpuPairAttention, "attention"), (_TokenLogps, "head")):
+    for node, phase in ((CpuPairAttention, "attention"), (_TokenLogps, "head")):
         node.backward = staticmethod(clock.around(f"backward: {phase}", node.backward))
-    _CpuPairAttention.forward = staticmethod(clock.around("forward: attention", _CpuPairAttention.forward))
+    CpuPairAttention.forward = staticmethod(clock.around("forward: attention", CpuPairAttention.forward))
 
 
 def main() -> None:

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from minimind_dpo.data.batch import PairSegment
+from minimind_dpo.models.attention_cpu import keeps_weights, query_blocks
 from minimind_dpo.models.head import CHUNK_ELEMENTS
 from minimind_dpo.planning_shape import ModelShape
 
@@ -174,9 +176,9 @@ def layer_bytes(shape: ModelShape, setup: Setup, rows: int | None = None) -> flo
     """Bytes that autograd keeps of one decoder layer.
 
     A norm keeps its input and what linear layers take from it, and where it is not fused its normalised input (unless
-    its weight is frozen); attention keeps rotated queries and keys, values, outputs, and where keys are gathered for
-    one call those; a gated block keeps gate, the other branch and their product, and where it is not fused the gate's
-    activation.
+    its weight is frozen); attention keeps rotated queries and keys, values, outputs, and on a GPU a number a query and
+    the keys gathered for one call; a gated block keeps gate, the other branch and their product, and where it is not
+    fused the gate's activation.
 
     Args:
         shape: of the model.
@@ -191,11 +193,12 @@ def layer_bytes(shape: ModelShape, setup: Setup, rows: int | None = None) -> flo
         norms = residual + (trains_all or shape.routed > 0) * 2 * 4 * hidden + 5 * wide * hidden
     else:
         norms = residual + (trains_all + 1) * 2 * wide * hidden
-    attention: float = wide * (2 * shape.query + 2 * shape.key_value) + 4 * shape.heads
+    inputs = 4 if setup.cpu else wide
+    attention: float = inputs * (shape.query + 2 * shape.key_value) + wide * shape.query
     if shape.normed_heads:
         attention += (4 + trains_all * wide) * (shape.query + shape.key_value)
     if not setup.cpu:
-        attention += wide * 2 * shape.key_value * (1 + setup.prefix * setup.pairs / tokens)
+        attention += 4 * shape.heads + wide * 2 * shape.key_value * (1 + setup.prefix * setup.pairs / tokens)
     inner = (4 - shape.fused if shape.gated else 2) * shape.intermediate
     blocks = wide * (shape.dense_blocks * inner + shape.routed * (inner + 3 * hidden))
     adapters = wide * shape.lora_r * len(shape.adapters) / 2 / shape.layers
@@ -219,6 +222,15 @@ def activation_parts(shape: ModelShape, setup: Setup) -> list[Part]:
     kept = Part("activations", max(total + ends - inner, 0.0), inner)
     rounded = [part("activations", (2 * size for size in shape.parameters))] if setup.autocast else []
     return [kept, part("activations", [setup.computed * tokens * shape.intermediate], times=2), *rounded]
+
+
+def softmax_part(shape: ModelShape, setup: Setup) -> Part:
+    """The softmax of attention, as far as it is kept on the CPU (`models/attention_cpu.py`), fp32."""
+    pair = PairSegment(start=0, prefix=setup.prefix, chosen=setup.branch, rejected=setup.branch)
+    blocks = [block for block in query_blocks([pair]) if setup.cpu and keeps_weights(block)]
+    layers = 1 if setup.checkpointing else shape.layers
+    sizes = (4 * shape.heads * (block.end - block.start) * block.keys for block in blocks)
+    return part("softmax", sizes, times=setup.pairs * layers)
 
 
 def head_part(shape: ModelShape, setup: Setup) -> Part:

@@ -17,11 +17,12 @@ from minimind_dpo.planning_memory import (
     model_states,
     part,
     reference_parts,
+    softmax_part,
 )
 from minimind_dpo.planning_shape import ModelShape
 
-PARTS = ("process", "weights", "gradients", "optimizer", "reference", "activations", "logits head", "communication",
-         "allocator")
+PARTS = ("process", "weights", "gradients", "optimizer", "reference", "activations", "softmax", "logits head",
+         "communication", "allocator")
 
 # Measured on models of 26M to 135M parameters (docs/planning.md). In the first step the activations fill the heap
 # without holes; then moments, gradients or buckets of other sizes settle in what is freed, and of the second step's
@@ -59,14 +60,15 @@ def phases(shape: ModelShape, setup: Setup) -> dict[str, list[Part]]:
     # the bucket is full, and exchanged, when this share of the backward pass still lies ahead
     trained = sum(shape.trained)
     ahead = max(0.0, 1 - BUCKET / trained) if setup.stage else 0.0
-    left = [Part(item.name, item.small * ahead, item.large * ahead) for item in activations]
+    kept = [*activations, softmax_part(shape, setup)]
+    left = [Part(item.name, item.small * ahead, item.large * ahead) for item in kept]
     # DeepSpeed makes its buckets at the first gradient; on the CPU they become memory as they are written to
     buckets = [] if setup.cpu else [item for item in exchange if item.name == "communication"]
     scoring = activations[1:] + [head_part(shape, setup)]
     return {
         "loading": loading_parts(shape, setup),
         "reference forward": states + gathered + scoring,
-        "start of backward": states + gathered + activations + buckets + [head_part(shape, setup)],
+        "start of backward": states + gathered + kept + buckets + [head_part(shape, setup)],
         "gradient exchange": states + gathered + left + exchange,
         "optimizer step": states + step,
     }

@@ -13,7 +13,7 @@ from transformers import GemmaConfig, GemmaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from minimind_dpo.data.batch import PairSegment
-from minimind_dpo.models import attention, head
+from minimind_dpo.models import attention, attention_cpu, head
 from minimind_dpo.models.fused import fuse, restrict_last_layer
 from minimind_dpo.models.head import split_head, token_logps
 
@@ -123,18 +123,32 @@ def test_head_that_is_no_plain_linear_layer_is_left_alone() -> None:
 
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize(("block", "kept_keys"), [(128, 512), (3, 512), (3, 0), (2, 5)])
 def test_attention_has_one_result_in_three_forms(
-    monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int], window: int | None
+    monkeypatch: pytest.MonkeyPatch, block: int, kept_keys: int, heads: tuple[int, int], window: int | None
 ) -> None:
+    monkeypatch.setattr(attention_cpu, "BLOCK", block)
+    monkeypatch.setattr(attention_cpu, "KEPT_KEYS", kept_keys)
     length = SEGMENTS[-1].start + SEGMENTS[-1].length
     leaves = _leaves((1, heads[0], length, 8), (1, heads[1], length, 8), (1, heads[1], length, 8))
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _varlen_by_hand)
     arguments = (*leaves, SEGMENTS, 0.3, window)
     plain = attention.sdpa_attention(*arguments)
     expected = [plain, *_gradients(plain, leaves)]
-    for form in (attention._CpuPairAttention.apply, attention.varlen_attention):
+    for form in (attention_cpu.CpuPairAttention.apply, attention.varlen_attention):
         output = form(*arguments)
         _close([output, *_gradients(output, leaves)], expected)
+
+
+def test_attention_keeps_its_softmax_where_few_keys_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_cpu, "BLOCK", 4)
+    monkeypatch.setattr(attention_cpu, "KEPT_KEYS", 10)
+    query, key, value = _leaves((1, 4, 20, 8), (1, 2, 20, 8), (1, 2, 20, 8))
+    segment = PairSegment(start=0, prefix=5, chosen=7, rejected=8)  # 4 queries see 4, 8, 12 keys, then 9 and 13
+    sizes: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+        attention_cpu.CpuPairAttention.apply(query, key, value, (segment,), None, None)
+    assert sum(sizes) - query.numel() - key.numel() - value.numel() == 4 * 4 * (4 + 8 + 9)
 
 
 def _varlen_by_hand(query: Tensor, key: Tensor, value: Tensor, query_ends: Tensor, key_ends: Tensor, longest_query: int,

@@ -1,0 +1,120 @@
+"""Attention over packed pairs on the CPU: matrix products of blocks that stay in a core's cache.
+
+A flash kernel multiplies a head at a time and computes the scores and their softmax again in the backward pass, which
+on a CPU costs more than what it leaves out. Here the query heads that share keys are rows of one product, hidden scores
+are computed inside a block only, and the softmax is kept while it is small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minimind_dpo.data.batch import PairSegment
+from minimind_dpo.models.attention_parts import Part, banded_mask, pair_parts, part_keys
+
+BLOCK = 128  # queries at a time; fewer make products too small, more compute too many hidden scores
+KEPT_KEYS = 512  # the softmax of queries that see more keys is computed again: it would outgrow the other activations
+
+
+class CpuPairAttention(torch.autograd.Function):
+    """The attention of `models/attention.py` as one node for all pairs, which writes each gradient once.
+
+    Left to autograd, every slice of a segment would get a gradient as long as the whole row, zeros but for the slice,
+    and these would be added up: 5 % of a step of eight pairs.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: tuple[PairSegment, ...], scaling: float | None,
+        window: int | None,
+    ) -> Tensor:
+        """Outputs [1, T, heads, head_dim]; arguments of `pair_attention`."""
+        scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+        group = query.shape[1] // key.shape[1]
+        queries = _rows(query, group).mul_(scaling)
+        output = queries.new_empty(*queries.shape[:2], value.shape[3])
+        kept = []
+        for block in query_blocks(segments):
+            rows = slice(block.start * group, block.end * group)
+            weights = _weights(queries[:, rows], part_keys(key, block)[0], block, window)
+            output[:, rows] = weights @ part_keys(value, block)[0]
+            kept.append(weights if any(ctx.needs_input_grad) and keeps_weights(block) else None)
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.segments, ctx.scaling, ctx.window = segments, scaling, window
+        return _positions(output, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Gradients of query, key and value."""
+        query, key, value, *kept = ctx.saved_tensors
+        group = query.shape[1] // key.shape[1]
+        queries, grads = _rows(query, group).mul_(ctx.scaling), _rows(grad_output.transpose(1, 2), group)
+        grad_queries = torch.empty_like(queries)
+        grad_key, grad_value = (states.new_zeros(states.shape) for states in (key, value))
+        for block, weights in zip(query_blocks(ctx.segments), kept, strict=True):
+            rows = slice(block.start * group, block.end * group)
+            keys, grad = part_keys(key, block)[0], grads[:, rows]
+            if weights is None:
+                weights = _weights(queries[:, rows], keys, block, ctx.window)
+            grad_weights = grad @ part_keys(value, block)[0].mT
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            grad_queries[:, rows] = grad_scores @ keys
+            _add(grad_key[0], block, grad_scores.mT @ queries[:, rows])
+            _add(grad_value[0], block, weights.mT @ grad)
+        grad_query = _positions(grad_queries.mul_(ctx.scaling), group).transpose(1, 2)
+        return grad_query, grad_key, grad_value, None, None, None
+
+
+def query_blocks(segments: Sequence[PairSegment]) -> Iterator[Part]:
+    """Parts cut into blocks of at most `BLOCK` queries."""
+    for part in pair_parts(segments):
+        count = -(-(part.end - part.start) // BLOCK)
+        size = -(-(part.end - part.start) // count)
+        for start in range(part.start, part.end, size):
+            yield Part(part.prefix, part.first, start, min(start + size, part.end))
+
+
+def keeps_weights(block: Part) -> bool:
+    """Whether a block's softmax is kept for the backward pass."""
+    return block.keys <= KEPT_KEYS
+
+
+def _rows(states: Tensor, group: int) -> Tensor:
+    """A copy of [1, heads, T, D] as [key heads, T x group, D]: a position's heads that share keys follow each other."""
+    rows = states[0].unflatten(0, (-1, group)).transpose(1, 2)
+    return rows.clone(memory_format=torch.contiguous_format).flatten(1, 2)
+
+
+def _positions(rows: Tensor, group: int) -> Tensor:
+    """A copy of [key heads, T x group, D] as [1, T, heads, D]."""
+    states = rows.unflatten(1, (-1, group)).transpose(0, 1)
+    return states.clone(memory_format=torch.contiguous_format).flatten(1, 2)[None]
+
+
+def _weights(queries: Tensor, keys: Tensor, block: Part, window: int | None) -> Tensor:
+    """softmax(Q K^T + mask) [key heads, rows, K] of scaled queries."""
+    scores = queries @ keys.mT
+    count = block.end - block.start
+    if window is None or window >= block.keys:  # every query sees all that lies before its block
+        hidden = _upper_triangle(count)
+    else:
+        hidden = banded_mask(count, block.keys, window, scores.dtype, scores.device)
+    scores.unflatten(1, (count, -1))[..., -hidden.shape[1] :] += hidden[:, None]
+    return scores.softmax(dim=-1)
+
+
+@lru_cache(maxsize=BLOCK)
+def _upper_triangle(size: int) -> Tensor:
+    return banded_mask(size, size, None, torch.float32, torch.device("cpu"))
+
+
+def _add(total: Tensor, block: Part, grad: Tensor) -> None:
+    """Add a block's gradient [key heads, K, D] to the row's."""
+    if block.shared:
+        total[:, block.prefix] += grad[:, : block.shared]
+    total[:, block.own] += grad[:, block.shared :]
