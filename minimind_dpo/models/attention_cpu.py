@@ -18,7 +18,7 @@ from minimind_dpo.data.batch import PairSegment
 from minimind_dpo.models.attention_parts import Part, banded_mask, pair_parts, part_keys
 
 BLOCK = 128  # queries at a time; fewer make products too small, more compute too many hidden scores
-KEPT_KEYS = 512  # the softmax of queries that see more keys is computed again: it would outgrow the other activations
+KEPT_KEYS = 384  # the softmax of queries that see more keys is computed again: it would outgrow the other activations
 
 
 class CpuPairAttention(torch.autograd.Function):
