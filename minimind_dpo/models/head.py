@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from minimind_dpo.models.precision import autocast
 
-CHUNK_ELEMENTS = 1 << 24  # 64 MiB of fp32 logits
+CHUNK_ELEMENTS = 1 << 25  # 128 MiB of fp32 logits
 
 
 class _TokenLogps(torch.autograd.Function):
