@@ -22,7 +22,7 @@ KEPT_KEYS = 384  # the softmax of queries that see more keys is computed again: 
 
 
 class CpuPairAttention(torch.autograd.Function):
-    """The attention of `models/attention.py` as one node for all pairs, which writes each gradient once.
+    """The attention of `models/attention.py` as one node for all pairs, with one gradient each for the whole row.
 
     Left to autograd, every slice of a segment would get a gradient as long as the whole row, zeros but for the slice,
     and these would be added up: 5 % of a step of eight pairs.
