@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from minimind_dpo.data.batch import PairSegment
 from minimind_dpo.models import attention, attention_cpu, head
+from minimind_dpo.models import fused as fused_modules
 from minimind_dpo.models.fused import fuse, restrict_last_layer
 from minimind_dpo.models.head import split_head, token_logps
 
@@ -50,6 +52,22 @@ def test_fused_modules_equal_their_own_forward(kind: str) -> None:
         results = [[module(inputs), *_gradients(module(inputs), [x, *module.parameters()])] for module in (other, one)]
         _close(*results)
     assert changed >= 5  # two norms a layer, the last norm; dense models also two MLPs
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_rotary_embedding_equals_its_model_s_own(kind: str) -> None:
+    model = tiny_model(kind)
+    fuse(model)
+    source = sys.modules[type(model.model.layers[0].self_attn).__module__]
+    assert source.apply_rotary_pos_emb is fused_modules._rotary
+    query, key = _leaves((1, 4, 30, 8), (1, 2, 30, 8))
+    cos, sin = torch.randn(2, 1, 30, 8)  # halves that differ, as no model has them
+    for dtype in (torch.float32, torch.bfloat16):
+        results = []
+        for rotary in (fused_modules._rotary, fused_modules._llama_rotary):
+            rotated = torch.cat(rotary(query.to(dtype), key.to(dtype), cos.to(dtype), sin.to(dtype)), dim=1).float()
+            results.append([rotated, *_gradients(rotated, [query, key])])
+        _close(*results)
 
 
 def test_modules_that_compute_something_else_are_left_alone() -> None:
@@ -122,13 +140,14 @@ def test_head_that_is_no_plain_linear_layer_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("window", [None, 4])
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 3)])
 @pytest.mark.parametrize(("block", "kept_keys"), [(128, 512), (3, 512), (3, 0), (2, 5)])
 def test_attention_has_one_result_in_three_forms(
     monkeypatch: pytest.MonkeyPatch, block: int, kept_keys: int, heads: tuple[int, int], window: int | None
 ) -> None:
     monkeypatch.setattr(attention_cpu, "BLOCK", block)
     monkeypatch.setattr(attention_cpu, "KEPT_KEYS", kept_keys)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # three products are then two and one
     length = SEGMENTS[-1].start + SEGMENTS[-1].length
     leaves = _leaves((1, heads[0], length, 8), (1, heads[1], length, 8), (1, heads[1], length, 8))
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _varlen_by_hand)
@@ -138,6 +157,20 @@ def test_attention_has_one_result_in_three_forms(
     for form in (attention_cpu.CpuPairAttention.apply, attention.varlen_attention):
         output = form(*arguments)
         _close([output, *_gradients(output, leaves)], expected)
+
+
+@pytest.mark.parametrize("block", [128, 3])
+def test_attention_of_wanted_queries(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(attention_cpu, "BLOCK", block)
+    length = SEGMENTS[-1].start + SEGMENTS[-1].length
+    leaves = _leaves((1, 4, length, 8), (1, 2, length, 8), (1, 2, length, 8))
+    wanted = (4, 6, 7, 10, 21, 22, 30)  # none of the second pair, of the third none of the rejected branch's first ones
+    arguments = (*leaves, SEGMENTS, None, None)
+    whole = attention_cpu.CpuPairAttention.apply(*arguments)[:, wanted]
+    output = attention_cpu.CpuPairAttention.apply(*arguments, wanted)
+    assert output[:, :4].count_nonzero() == output[:, 12:21].count_nonzero() == 0
+    _close([output[:, wanted], *_gradients(output[:, wanted], leaves)], [whole, *_gradients(whole, leaves)])
+    assert sum(part.end - part.start for part in attention_cpu.query_blocks(SEGMENTS, wanted)) == 4 + 2 + 2 + 2
 
 
 def test_attention_keeps_its_softmax_where_few_keys_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:

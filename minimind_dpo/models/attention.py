@@ -36,7 +36,8 @@ def pair_attention(
     """Attend within each packed pair.
 
     Args:
-        module: the model's attention module (unused here; part of transformers' interface).
+        module: the model's attention module; its `wanted_rows`, if it has any, say whose outputs are used
+            (`models/fused.py`; the CPU computes no others, which become 0 or anything).
         query: [1, heads, T, head_dim].
         key: [1, key/value heads, T, head_dim]; `value` likewise.
         attention_mask: None for packed rows.
@@ -58,9 +59,11 @@ def pair_attention(
     segments = tuple(pair_segments)
     query, key, value = autocast(query, key, value)
     if query.device.type == "cpu" and not dropout:
+        rows = getattr(module, "wanted_rows", None)
+        wanted = None if rows is None or rows.positions is None else tuple(rows.positions.tolist())
         with torch.autocast("cpu", enabled=False):
             output = CpuPairAttention.apply(
-                query.float(), key.float(), value.float(), segments, scaling, sliding_window)
+                query.float(), key.float(), value.float(), segments, scaling, sliding_window, wanted)
         return output.to(query.dtype), None
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
         return varlen_attention(query, key, value, segments, scaling, sliding_window), None

@@ -1,4 +1,4 @@
-"""RMSNorm and SwiGLU as single autograd nodes, and a last layer that works only where a logit is wanted.
+"""RMSNorm, SwiGLU and RoPE as single autograd nodes, and a last layer that works only where a logit is wanted.
 
 Left to autograd an RMSNorm is five operations forward and a dozen backward, each of which reads and writes the whole
 hidden state, and a third of what a step keeps for its backward pass is their intermediate results.
@@ -7,6 +7,7 @@ hidden state, and a third of what a step keeps for its backward pass is their in
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from functools import partial
 from types import MethodType
@@ -16,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-_BLOCK = 1 << 18  # elements a block of SwiGLU's backward pass: its operands stay in a core's cache
+_llama_rotary = modeling_llama.apply_rotary_pos_emb
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -37,11 +39,10 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
         x, weight, inverse = ctx.saved_tensors
-        normalised = x * inverse
-        product = grad * normalised
-        projection = (product @ weight).div_(x.shape[-1]).unsqueeze(-1)
-        grad_x = (grad * weight).addcmul_(normalised, projection, value=-1).mul_(inverse)
-        grad_weight = product.flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[1] else None
+        product = grad * x
+        projection = (product @ weight).div_(x.shape[-1]).unsqueeze(-1).mul_(inverse).mul_(inverse)
+        grad_x = (grad * weight).addcmul_(x, projection, value=-1).mul_(inverse)
+        grad_weight = inverse.flatten() @ product.flatten(0, -2) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, None
 
 
@@ -56,15 +57,34 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         gate, up = ctx.saved_tensors
-        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-        rows = max(1, _BLOCK // gate.shape[-1]) if gate.device.type == "cpu" else gate.numel()
-        flat = (tensor.flatten(0, -2).split(rows) for tensor in (grad, gate, up, grad_gate, grad_up))
-        for d, g, u, to_gate, to_up in zip(*flat, strict=True):
-            sigmoid = torch.sigmoid(g)  # once: its exponential costs more than all the rest
-            torch.mul(g, sigmoid, out=to_up)
-            torch.add(sigmoid, to_up, out=to_gate).addcmul_(to_up, sigmoid, value=-1).mul_(d).mul_(u)
-            to_up *= d
-        return grad_gate, grad_up
+        grad_gate = grad * up
+        torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
+        return grad_gate, F.silu(gate).mul_(grad)
+
+
+class _Rope(torch.autograd.Function):
+    """x * cos + rotate_half(x) * sin: rotary position embedding (Su et al. 2021, arXiv:2104.09864, eq. 34).
+
+    Keeps cos and sin, which all layers share.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(cos, sin)
+        half = x.shape[-1] // 2
+        rotated = x * cos
+        rotated[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+        rotated[..., half:].addcmul_(x[..., :half], sin[..., half:])
+        return rotated
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        cos, sin = ctx.saved_tensors
+        half = grad.shape[-1] // 2
+        grad_x = grad * cos
+        grad_x[..., :half].addcmul_(grad[..., half:], sin[..., half:])
+        grad_x[..., half:].addcmul_(grad[..., :half], sin[..., :half], value=-1)
+        return grad_x, None, None
 
 
 def _rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
@@ -75,6 +95,13 @@ def _rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
 
 def _swiglu_mlp(self: Any, x: Tensor) -> Tensor:
     return self.down_proj(_SwiGlu.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    if not q.dtype == k.dtype == cos.dtype == torch.float32:
+        return _llama_rotary(q, k, cos, sin, unsqueeze_dim)  # which decides where to round
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return _Rope.apply(q, cos, sin), _Rope.apply(k, cos, sin)
 
 
 class WantedRows:
@@ -88,7 +115,7 @@ class WantedRows:
 
 
 def restrict_last_layer(model: PreTrainedModel) -> WantedRows:
-    """Let the last layer's token-wise parts work on the wanted rows only.
+    """Let the last layer work on the wanted rows only; its attention is told of them by a `wanted_rows` of its own.
 
     Past the last attention no token looks at another, so rows without a logit are of no use; left out they count 0.
     The keys and values of the last layer are made of all rows.
@@ -96,6 +123,8 @@ def restrict_last_layer(model: PreTrainedModel) -> WantedRows:
     wanted = WantedRows()
     layers = getattr(model.get_decoder(), "layers", None)
     if layers:
+        if hasattr(layers[-1], "self_attn"):
+            layers[-1].self_attn.wanted_rows = wanted
         for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp"):
             try:
                 module = layers[-1].get_submodule(name)
@@ -127,6 +156,10 @@ def fuse(model: PreTrainedModel) -> bool:
             module.forward = MethodType(_rms_norm, module)
         elif type(module) in mlps and _is_silu(module.act_fn):
             module.forward = MethodType(_swiglu_mlp, module)
+    for source in {kind.__module__ for kind in kinds if kind.__module__.startswith("transformers.")}:
+        rotary = getattr(sys.modules[source], "apply_rotary_pos_emb", None)
+        if rotary is not None and inspect.getsource(rotary) == inspect.getsource(_llama_rotary):
+            vars(sys.modules[source])["apply_rotary_pos_emb"] = _rotary  # which an attention calls by this name
     return bool(norms)
 
 

@@ -47,8 +47,7 @@ class _TokenLogps(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
         hidden, weight, targets, logsumexp, kept = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # chunks add up in fp32
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_weight = None
         for first in range(0, len(hidden), ctx.rows):
             own = slice(first, first + ctx.rows)
             probabilities = kept
@@ -59,8 +58,10 @@ class _TokenLogps(torch.autograd.Function):
             grad_logits = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[own])
-            if grad_weight is not None:
-                if hidden.dtype == torch.float32:
+            if ctx.needs_input_grad[1]:
+                if grad_weight is None:
+                    grad_weight = (grad_logits.t() @ hidden[own]).float()  # chunks add up in fp32
+                elif hidden.dtype == torch.float32:
                     grad_weight.addmm_(grad_logits.t(), hidden[own])
                 else:
                     grad_weight += grad_logits.t() @ hidden[own]
