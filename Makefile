@@ -1,4 +1,4 @@
-# Everything a fresh machine needs: Python 3.11+ and a C++ compiler. `make demo` or `make test` sets up .venv once.
+# Everything a fresh machine needs: Python 3.11 or newer. `make demo` or `make test` sets up .venv once.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,8 +48,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     on_cpu = not torch.accelerator.is_available()
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out itself
-    # DeepSpeed compiles its kernels at first use and looks for ninja in PATH, which a .venv may not be in
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+        _compile_nothing()
     if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         group.backend = "gloo"
         if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
@@ -74,6 +72,18 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             "train_micro_batch_size_per_gpu": config.per_device_train_batch_size, "gradient_accumulation_steps": 1,
             "gradient_clipping": config.max_grad_norm}
     return accelerator
+
+
+def _compile_nothing() -> None:
+    """Tell DeepSpeed that no kernel of its own can be built here, before it starts to.
+
+    At start-up on a CPU it compiles an all-reduce for inference, which training never calls, and loads it under a lock
+    file in torch's cache of extensions. A process killed in between leaves that file, and every later run on the
+    machine would wait for ever for its removal.
+    """
+    import deepspeed  # late: it looks for its device, named above, when it is imported
+
+    deepspeed.ops.__compatible_ops__ = {}
 
 
 def _deepspeed_file() -> str:

@@ -70,6 +70,15 @@ def test_every_engine_trains_the_same_run(workspace: Path, engine: str) -> None:
     assert_same_run(trained(workspace, engine), trained(workspace, None))
 
 
+def test_nothing_is_compiled(workspace: Path, tmp_path: Path) -> None:
+    """A build leaves a lock when it is killed, and later runs would wait for it."""
+    inputs = Inputs(*(workspace / "inputs" / part for part in ("model", "train.jsonl", "eval.jsonl")))
+    result = run_command(inputs.flags(tmp_path / "run", max_steps=1), "ds_zero2_cpu --num_processes 1",
+                         TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"))
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "extensions").exists()
+
+
 @pytest.mark.parametrize(("wrote", "continues"), [
     ("multi_cpu", None), ("multi_cpu", "multi_cpu --num_processes 4"),
     ("ds_zero1_cpu", "ds_zero1_cpu --num_processes 1"), ("ds_zero1_cpu", "ds_zero1_cpu --num_processes 4"),
