@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from minimind_dpo import zero
 from minimind_dpo.config import TrainConfig
+from minimind_dpo.cpu import set_up_cpu
 from minimind_dpo.errors import UserError
 from minimind_dpo.fragments import TrainedState
 from minimind_dpo.zero import full_shape, local_values, whole
@@ -64,7 +65,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     except ValueError as error:
         raise UserError(f"accelerate's configuration ({_deepspeed_file()}): {error}") from None
     if accelerator.device.type == "cpu":
-        torch.set_num_threads(_cpu_threads(accelerator))
+        set_up_cpu(accelerator.num_processes)
     if (plugin := accelerator.state.deepspeed_plugin) is not None:
         _check_deepspeed(plugin.deepspeed_config, config)
         # said in the training configuration; the loop itself counts micro-batches
@@ -105,19 +106,6 @@ def _check_deepspeed(settings: dict[str, Any], config: TrainConfig) -> None:
             problems.append(f"zero_optimization.{part}.device: nvme is not supported; use cpu")
     if problems:
         raise UserError(f"{_deepspeed_file()}:\n  " + "\n  ".join(problems))
-
-
-def _cpu_threads(accelerator: Accelerator) -> int:
-    """The user's OMP_NUM_THREADS, or the machine's cores shared by its ranks.
-
-    `accelerate launch` sets OMP_NUM_THREADS=1 whenever the user said nothing, which would idle the other cores.
-    """
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    if asked and not (launched and asked == "1"):
-        return torch.get_num_threads()
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-    return max(1, len(os.sched_getaffinity(0)) // local_ranks)
 
 
 def is_sharded(accelerator: Accelerator) -> bool:

@@ -10,12 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from minimind_dpo.cpu import LARGE
 from minimind_dpo.data.batch import PairSegment
 from minimind_dpo.models.attention_cpu import keeps_weights, query_blocks
 from minimind_dpo.models.head import CHUNK_ELEMENTS
 from minimind_dpo.planning_shape import ModelShape
 
-LARGE = 32 << 20  # bytes; glibc takes a block of this size and more from the system, and gives it back when freed
 DDP_BUCKET = 25 << 20  # bytes of gradients that DDP exchanges at once
 BUCKET = 50_000_000  # elements of the reduce and prefetch buckets in configs/deepspeed
 REUSE_DISTANCE = 1_000_000_000  # elements; stage 3 keeps what it needs again within this many (DeepSpeed's default)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from minimind_dpo.cpu import LARGE
 from minimind_dpo.planning_memory import (
     BUCKET,
-    LARGE,
     Part,
     Setup,
     activation_parts,
