@@ -4,9 +4,10 @@
 
 All contestants (`benchmarks/peers.py`) train on the same pairs from the same fp32 weights, each in a process of its own
 with all cores, one at a time. In each of the `--rounds` rounds everyone makes the same `--steps` optimizer steps over
-pairs of that round. One step before is a warm-up; building everything is not timed, neither TRL's precomputing nor the
-filling of our cache. Figures are medians over rounds, ratios medians of the rounds' ratios. `first epoch` is
-`ours_cached` plus `ours_fill`.
+pairs of that round. The `--warm_up` steps before are not timed: a process that meets its longest batch so far gets
+fresh memory, which a long run seldom does. Neither is building everything, TRL's precomputing or the filling of our
+cache. Figures are medians over rounds, ratios medians of the rounds' ratios. `first epoch` is `ours_cached` plus
+`ours_fill`.
 
 Effective GFLOP/s: 6 x parameters x real tokens / seconds for a policy pass, plus 2 x for a reference pass. Parameters:
 all of the model's, a tied embedding once. Real tokens: inputs of the packed layout, without padding, the prefix that
@@ -75,7 +76,7 @@ def matrix_peak() -> dict[int, float]:
 
 def make_job(options: argparse.Namespace, scratch: Path) -> tuple[Job, list[PairLengths]]:
     """Write model, tokenizer and pairs."""
-    windows = (1, *[options.steps] * options.rounds)
+    windows = (options.warm_up, *[options.steps] * options.rounds)
     lengths = mix_lengths(options.mix, sum(windows) * options.batch, options.seed)
     model = options.model or save_model(minimind_shape(), scratch / "model")
     vocab_size = AutoConfig.from_pretrained(model).vocab_size
@@ -95,7 +96,7 @@ def measure(names: list[str], job: Job) -> tuple[dict[str, list[Window]], float]
         for name in names:
             began = time.perf_counter()
             log = Path(job.scratch) / f"{name}.log"
-            workers.append(Worker(name, contest, partial(import_stack, name), job, log))
+            workers.append(Worker(name, contest, partial(import_stack, name), job, log, job.windows[0]))
             print(f"{name}: ready after {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
         return take_turns(workers, job)
     finally:
@@ -134,7 +135,7 @@ def passes(name: str) -> int:
 
 def real_work(lengths: list[PairLengths], job: Job, parameters: int, head: int) -> tuple[list[float], list[float]]:
     """Parameters x real tokens a pair in each round; the same with the head's only where the next token counts."""
-    plain, exact, start = [], [], job.batch
+    plain, exact, start = [], [], job.windows[0] * job.batch
     for steps in job.windows[1:]:
         pairs = lengths[start : start + steps * job.batch]
         start += len(pairs)
@@ -161,6 +162,7 @@ def summarise(results: dict[str, list[Window]], peak: float, lengths: list[PairL
     seconds = seconds_a_pair(results, job.batch)
     parameters, head = parameter_counts(job.model)
     work, exact = real_work(lengths, job, parameters, head)
+    timed = lengths[job.windows[0] * job.batch :]
 
     def rates(name: str, amounts: list[float]) -> float:
         mean = statistics.mean(amounts)  # of a slow contestant, which does not see all of a round's pairs
@@ -176,7 +178,7 @@ def summarise(results: dict[str, list[Window]], peak: float, lengths: list[PairL
         "exact_gflops": rates(name, exact), "peak_mib": peak_mib(name)} for name in seconds}
     return {
         "matrix_peak_gflops": peak, "parameters": parameters, "head_parameters": head,
-        "real_tokens_a_pair": statistics.mean(pair.packed for pair in lengths[job.batch :]), "contestants": rows,
+        "real_tokens_a_pair": statistics.mean(pair.packed for pair in timed), "contestants": rows,
         "seconds_a_pair_by_round": seconds, "loss_differences": loss_differences(results),
         "losses": {name: [loss for window in windows for loss in window.losses] for name, windows in results.items()
                    if name != "ours_fill"}}
@@ -211,6 +213,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--micro_batch", type=int, help="pairs a micro-batch (default: the batch, at most 4)")
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps a round")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--warm_up", type=int, default=4, help="optimizer steps before the first round")
     parser.add_argument("--contestants", default=",".join(CONTESTANTS), help="names, see benchmarks/peers.py")
     parser.add_argument("--minimind", help="directory of a MiniMind checkout whose model has --model's weights "
                         "(generation 2 for the default)")
@@ -227,7 +230,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Measure, print, and check what the project promises."""
     options = parse()
-    names = options.contestants.split(",") + (["minimind"] if options.minimind else [])
+    names = list(dict.fromkeys([*options.contestants.split(","), *(["minimind"] if options.minimind else [])]))
     os.environ |= {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as directory:

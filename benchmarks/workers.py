@@ -47,15 +47,15 @@ class Gate:
     """A worker's side: told of every finished step; holds the process between windows.
 
     Attributes:
-        wanted: steps of the running window. The first window is one step, a warm-up.
+        wanted: steps of the running window, at first those of the warm-up.
     """
 
-    def __init__(self, pipe: Connection):
+    def __init__(self, pipe: Connection, warm_up: int):
         self._pipe = pipe
         self._imported = status_bytes("VmRSS")
         self._losses: list[float] = []
         self._began = time.perf_counter()
-        self.wanted = 1
+        self.wanted = warm_up
 
     def step(self, loss: float) -> None:
         """One optimizer step is done. Ends the process when no more are wanted."""
@@ -79,13 +79,15 @@ class Worker:
         prepare: likewise, without arguments: imports the contestant's stack.
         job: what `contestant` is told.
         log: file for what the process prints.
+        warm_up: steps of its first window.
     """
 
-    def __init__(self, name: str, contestant: Callable[..., None], prepare: Callable[[], None], job: Any, log: Path):
+    def __init__(self, name: str, contestant: Callable[..., None], prepare: Callable[[], None], job: Any, log: Path,
+                 warm_up: int = 1):
         self.name, self._log = name, log
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, name, contestant, prepare, job, log))
+        self._process = context.Process(target=_serve, args=(theirs, name, contestant, prepare, job, log, warm_up))
         self._process.start()
         theirs.close()
         self.warm_up = self._receive()
@@ -115,9 +117,9 @@ class WorkerFailed(Exception):
 
 
 def _serve(pipe: Connection, name: str, contestant: Callable[..., None], prepare: Callable[[], None], job: Any,
-           log: Path) -> None:
+           log: Path, warm_up: int) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, sys.stdout.fileno())
     os.dup2(descriptor, sys.stderr.fileno())
     prepare()
-    contestant(name, job, Gate(pipe))
+    contestant(name, job, Gate(pipe, warm_up))

@@ -150,9 +150,9 @@ def test_parameters_are_counted_without_weights(job: workloads.Job) -> None:
 
 
 def test_workers_take_turns_and_say_why_they_failed(tmp_path: Path) -> None:
-    worker = Worker("counter", helpers_workers.contest, helpers_workers.prepare, "count", tmp_path / "log")
-    assert worker.warm_up.losses == [1.0]
-    assert [worker.run(2).losses, worker.run(1).losses] == [[2.0, 3.0], [4.0]]
+    worker = Worker("counter", helpers_workers.contest, helpers_workers.prepare, "count", tmp_path / "log", warm_up=2)
+    assert worker.warm_up.losses == [1.0, 2.0]
+    assert [worker.run(2).losses, worker.run(1).losses] == [[3.0, 4.0], [5.0]]
     worker.close()
     with pytest.raises(WorkerFailed, match="no such luck"):
         Worker("unlucky", helpers_workers.contest, helpers_workers.prepare, "fail", tmp_path / "log")
