@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -171,10 +172,24 @@ def test_what_a_job_does_at_its_end(
     assert (tmp_path / "requeued").exists() == requeued
     if restarts > 3:
         return
-    assert f"rendezvous first:{12000 + 7 * 16 + restarts}" in done.stdout
+    assert re.search(r"rendezvous first:12\d{3};", done.stdout)
     arguments = (tmp_path / "srun-arguments").read_text()
     assert "--container-image=image --container-mounts=/a:/a bash launch/slurm/node.sh" in arguments
     assert "--kill-on-bad-exit=1" in arguments and "--open-mode=append" in arguments
+
+
+def test_ranks_meet_on_a_port_that_nobody_listens_on() -> None:
+    def meeting_port(number: int) -> int:
+        said = subprocess.run(["bash", "-c", f"source launch/slurm/job.sh; free_port {number}"], cwd=REPOSITORY,
+                              check=True, capture_output=True, text=True).stdout
+        return int(said)
+
+    port = meeting_port(8000)
+    with socket.create_server(("127.0.0.1", port)):
+        following = meeting_port(8000)
+        assert 20_000 <= port < following < 21_000
+        with socket.create_server(("127.0.0.1", following)):
+            assert meeting_port(8000 + 18_000 * 3) > following
 
 
 def test_submitted_from_elsewhere(tmp_path: Path) -> None:

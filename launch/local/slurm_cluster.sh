@@ -62,9 +62,11 @@ write_config() {
     port=$(free_ports)
     # proctrack/linuxproc and task/none need no cgroups; config_overrides lets two nodes share the machine's CPUs;
     # cred_expire is how long a requeued job has to wait (120 s elsewhere); SlurmdTimeout is how soon a node counts
-    # as dead (300 s elsewhere)
+    # as dead (300 s elsewhere); jobs numbered from 1 would write to the logs of a former cluster's and meet another
+    # cluster's jobs on their ports
     cat >"$SLURM_CONF" <<CONF
 ClusterName=local
+FirstJobId=$port
 SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=$port
 SlurmUser=root

@@ -24,7 +24,7 @@ run_job() {
     MAIN_ADDR=${MAIN_ADDR:-${hosts%%$'\n'*}}
     # below the range from which systems take ports for outgoing connections; another one at each restart, so that a
     # job meets nothing of its former self
-    MAIN_PORT=${MAIN_PORT:-$((12000 + (SLURM_JOB_ID * 16 + restarts) % 18000))}
+    MAIN_PORT=${MAIN_PORT:-$(free_port $((SLURM_JOB_ID * 16 + restarts)))}
     local run_dir=${LOG_DIR:-runs/slurm}/$SLURM_JOB_NAME-$SLURM_JOB_ID
     export MAIN_ADDR MAIN_PORT STATE_DIR=$run_dir/start-$restarts
     rm -rf "$STATE_DIR"
@@ -66,6 +66,15 @@ run_job() {
         report_failure "$run_dir"
     fi
     exit "$code"
+}
+
+free_port() { # NUMBER: the first port from there on that nobody listens on, of 12000 to 29999; this is the first node
+    local number port
+    for ((number = $1; number < $1 + 1000; number++)); do
+        port=$((12000 + number % 18000))
+        (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null || break
+    done
+    echo "$port"
 }
 
 nodes_that_say() { # WORD: numbers of the nodes whose last word it is
