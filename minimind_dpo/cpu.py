@@ -35,7 +35,7 @@ def _keep_freed_memory() -> None:
     """Have glibc keep what is freed at the end of its heap for the next step.
 
     By default it returns whatever exceeds 64 MiB there, most of a step's activations, and the next step pays for every
-    page again: 2 to 4 % of its time. Blocks from `LARGE` on still go back at once. A user's own settings stay.
+    page again: 3 to 4 % of its time. Blocks from `LARGE` on still go back at once. A user's own settings stay.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt is None or "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):

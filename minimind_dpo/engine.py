@@ -47,13 +47,14 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout))
     on_cpu = not torch.accelerator.is_available()
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out itself
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+    if deepspeed:
         _compile_nothing()
     if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         group.backend = "gloo"
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
+        if not deepspeed:
             os.environ["ACCELERATE_USE_CPU"] = "true"
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not on_cpu and local_ranks > torch.accelerator.device_count():

@@ -79,10 +79,12 @@ class CpuPairAttention(torch.autograd.Function):
 def query_blocks(segments: Sequence[PairSegment], wanted: Sequence[int] | None = None) -> Iterator[Part]:
     """Parts cut into blocks of at most `BLOCK` queries, each part from its first wanted query on (None: all)."""
     for part in pair_parts(segments):
-        index = bisect_left(wanted, part.start) if wanted is not None else 0
-        first = part.start if wanted is None else wanted[index] if index < len(wanted) else part.end
-        if first >= part.end:
-            continue
+        first = part.start
+        if wanted is not None:
+            index = bisect_left(wanted, part.start)
+            if index == len(wanted) or wanted[index] >= part.end:
+                continue
+            first = wanted[index]
         count = -(-(part.end - first) // BLOCK)
         size = -(-(part.end - first) // count)
         for start in range(first, part.end, size):
