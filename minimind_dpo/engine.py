@@ -65,6 +65,9 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         accelerator = Accelerator(kwargs_handlers=[group], log_with=trackers, project_dir=config.output_dir)
     except ValueError as error:
         raise UserError(f"accelerate's configuration ({_deepspeed_file()}): {error}") from None
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16" and not deepspeed:
+        # accelerate computes in fp32 then, without a word
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
     if accelerator.device.type == "cpu":
         set_up_cpu(accelerator.num_processes)
     if (plugin := accelerator.state.deepspeed_plugin) is not None:

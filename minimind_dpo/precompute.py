@@ -15,8 +15,10 @@ from minimind_dpo.config import TrainConfig, load_config
 from minimind_dpo.data.tokenized import load_tokenizer
 from minimind_dpo.engine import freeze, loading_reference, release, scoring_dtype, unwrap
 from minimind_dpo.errors import UserError, exit_code
+from minimind_dpo.layout import choose_layout
+from minimind_dpo.ranks import decide
 from minimind_dpo.reference import reference_digest
-from minimind_dpo.scoring import PairScorer, choose_layout
+from minimind_dpo.scoring import PairScorer
 from minimind_dpo.training.ref_model import fill_cache, make_cache, switches_adapters_off
 from minimind_dpo.training.session import in_session, tokenizer_path
 from minimind_dpo.training.setup import check_vocabulary, load, load_data
@@ -52,7 +54,8 @@ def _precompute(config: TrainConfig, accelerator: Accelerator, stop: StopRequest
     stop.listen()
     digest = reference_digest(model, scoring_dtype(accelerator))
     scorer = freeze(accelerator, PairScorer(model), offload=False)
-    layout = choose_layout(unwrap(scorer), config.attn_implementation, accelerator.device)
+    layout = choose_layout(
+        unwrap(scorer), config.attn_implementation, accelerator.device, accelerator.autocast, decide)
     cache = make_cache(config, accelerator, digest, layout)
     begin = time.perf_counter()
     scored = fill_cache(accelerator, cache, scorer, layout, needed, stop.__bool__)

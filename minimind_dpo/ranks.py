@@ -36,6 +36,11 @@ def on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
+def decide(answer: Any) -> Any:
+    """The main process's answer, on every rank. Collective."""
+    return broadcast_object_list([answer])[0]
+
+
 @contextmanager
 def main_first(accelerator: Accelerator, task: str) -> Iterator[None]:
     """Run a block on the main process, then on the others, which wait for it as long as it takes.

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,13 +18,12 @@ from transformers import PreTrainedModel
 from minimind_dpo.data.batch import PairBatch, pair_key
 from minimind_dpo.engine import whole
 from minimind_dpo.errors import StoppedEarly, UserError
+from minimind_dpo.layout import Autocast, PairLayout
 from minimind_dpo.ranks import on_main
 from minimind_dpo.reference_cache import SEGMENT_CHUNKS, Needed, ReferenceCache
-from minimind_dpo.scoring import PairLayout, PairScorer
+from minimind_dpo.scoring import PairScorer
 
 logger = logging.getLogger(__name__)
-
-Autocast = Callable[[], AbstractContextManager[Any]]
 
 # Pairs are scored without gradients, so this takes less memory than one training pair of the default max_length, which
 # has as many tokens; larger batches are no faster on a CPU (docs/training.md).

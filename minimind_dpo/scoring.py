@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,15 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from minimind_dpo.data.batch import PairBatch, pack_pairs, pad_pairs
-from minimind_dpo.models.attention import use_pair_attention
+from minimind_dpo.data.batch import PairBatch
 from minimind_dpo.models.fused import fuse, restrict_last_layer
 from minimind_dpo.models.head import split_head
 from minimind_dpo.models.router import router_aux_loss, router_settings
-
-logger = logging.getLogger(__name__)
-
-PairLayout = Callable[[Sequence[dict[str, Any]]], PairBatch]
 
 
 class PairScores(NamedTuple):
@@ -89,44 +82,6 @@ def sum_per_side(per_token_logps: Tensor, batch: PairBatch) -> tuple[Tensor, Ten
     return sums[:, 0], sums[:, 1]
 
 
-@torch.no_grad()
-def choose_layout(scorer: PairScorer, attn_implementation: str, device: torch.device) -> PairLayout:
-    """Decide between the packed and the plain layout, and set the model's attention accordingly.
-
-    Two probe pairs are scored by the model's own forward pass in the plain layout. Whatever is faster is used where it
-    gives the same: the head on its own (`models/head.py`; a model may scale or cap its logits afterwards), and with
-    `pairs` the packed layout. A model that fails at the latter (recurrent or state-space layers, an attention of its
-    own) gets the plain layout, with a notice.
-    """
-    model, training = scorer.model, scorer.training
-    original = model.config._attn_implementation
-    scorer.eval()
-    scorer.fast = False
-    try:
-        plain = scorer(pad_pairs(_probe_rows(model)).to(device)).per_token_logps
-        scorer.fast = True
-        scorer.fast = _agrees(scorer, pad_pairs, plain)
-        if attn_implementation != "pairs":
-            return pad_pairs
-        if use_pair_attention(model) and _agrees(scorer, pack_pairs, plain):
-            return pack_pairs
-        model.set_attn_implementation(original)
-    finally:
-        scorer.train(training)
-    logger.warning("%s cannot attend over packed pairs: each side gets a padded row of its own", type(model).__name__)
-    return pad_pairs
-
-
-def _agrees(scorer: PairScorer, layout: PairLayout, expected: Tensor) -> bool:
-    """Whether the probe pairs in `layout` score as `expected`."""
-    try:
-        scores = scorer(layout(_probe_rows(scorer.model)).to(expected.device)).per_token_logps
-    except (TypeError, ValueError, NotImplementedError, RuntimeError, IndexError) as error:
-        logger.info("probe failed: %s", error)
-        return False
-    return torch.allclose(scores, expected, rtol=1e-3, atol=1e-3 if scorer.model.dtype == torch.float32 else 0.1)
-
-
 def _kept(batch: PairBatch) -> Tensor:
     """Where a model's own forward pass has to apply its head: positions, or for rows of several a mask like them."""
     if batch.segments is not None:
@@ -141,18 +96,3 @@ def embedding_rows(model: PreTrainedModel) -> int:
     embeddings = model.get_input_embeddings()
     assert isinstance(embeddings, nn.Embedding)
     return embeddings.num_embeddings
-
-
-def _probe_rows(model: PreTrainedModel) -> list[dict[str, Any]]:
-    """Two small made-up pairs."""
-    vocabulary = embedding_rows(model)
-    tokens = [(7 * i * i + 3 * i + 1) % vocabulary for i in range(24)]
-    return [_probe_row(tokens[:6], tokens[6:10], tokens[10:15]), _probe_row(tokens[15:18], tokens[18:21], tokens[21:])]
-
-
-def _probe_row(prefix: list[int], chosen: list[int], rejected: list[int]) -> dict[str, Any]:
-    row: dict[str, Any] = {}
-    for name, rest in (("chosen", chosen), ("rejected", rejected)):
-        row[f"{name}_input_ids"] = prefix + rest
-        row[f"{name}_completion_mask"] = [0] * len(prefix) + [1] * len(rest)
-    return row

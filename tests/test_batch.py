@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimind_dpo.data.batch import PairBatch, PairSegment, pack_pairs, pad_pairs, pair_key
+from minimind_dpo.layout import PACKED, PLAIN, choose_layout
 from minimind_dpo.losses import dpo_losses
 from minimind_dpo.models import head
 from minimind_dpo.models.router import router_aux_loss, router_settings
-from minimind_dpo.scoring import PairScorer, PairScores, choose_layout, sum_per_side
+from minimind_dpo.scoring import PairScorer, PairScores, sum_per_side
 
 KINDS = ["llama", "mistral_window", "qwen3", "qwen3_moe", "minimind_moe"]
 
@@ -81,7 +82,7 @@ def _score(kind: str, rows: list[dict[str, Any]], layout: Any, fast: bool) -> tu
         if not fast:
             return _by_transformers(model, batch)
         scorer = PairScorer(model)
-        assert choose_layout(scorer, "pairs" if layout is pack_pairs else "sdpa", torch.device("cpu")) is layout
+        assert choose_layout(scorer, "pairs" if layout is PACKED else "sdpa", torch.device("cpu")) is layout
         assert scorer.fast
         return scorer(batch)
 
@@ -102,7 +103,7 @@ def _score(kind: str, rows: list[dict[str, Any]], layout: Any, fast: bool) -> tu
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 14), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4),
     mask=st.sampled_from(["final_turn", "all_assistant"]), seed=st.integers(0, 1000),
-    head_rows=st.sampled_from([1, 7, 10_000]), layout=st.sampled_from([pack_pairs, pack_pairs, pad_pairs]))
+    head_rows=st.sampled_from([1, 7, 10_000]), layout=st.sampled_from([PACKED, PACKED, PLAIN]))
 def test_every_fast_way_equals_plain(
     kind: str, lengths: list[tuple[int, int, int]], mask: str, seed: int, head_rows: int, layout: Any
 ) -> None:
@@ -110,13 +111,13 @@ def test_every_fast_way_equals_plain(
     rows = [random_row(generator, prefix=p, chosen=c, rejected=r, mask=mask) for p, c, r in lengths]
     with mock.patch.object(head, "CHUNK_ELEMENTS", head_rows * VOCAB):
         fast = _score(kind, rows, layout, fast=True)
-    for ours, oracle in zip(fast, _score(kind, rows, pad_pairs, fast=False), strict=True):
+    for ours, oracle in zip(fast, _score(kind, rows, PLAIN, fast=False), strict=True):
         assert (ours - oracle).norm() <= 1e-5 * oracle.norm() + 1e-7
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_probe_accepts_these_models(kind: str) -> None:
-    assert choose_layout(PairScorer(tiny_model(kind)), "pairs", torch.device("cpu")) is pack_pairs
+    assert choose_layout(PairScorer(tiny_model(kind)), "pairs", torch.device("cpu")) is PACKED
 
 
 def test_recurrent_model_falls_back_to_the_plain_layout(caplog: pytest.LogCaptureFixture) -> None:
@@ -124,7 +125,7 @@ def test_recurrent_model_falls_back_to_the_plain_layout(caplog: pytest.LogCaptur
 
     torch.manual_seed(0)
     model = MambaForCausalLM(MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, state_size=4))
-    assert choose_layout(PairScorer(model), "pairs", torch.device("cpu")) is pad_pairs
+    assert choose_layout(PairScorer(model), "pairs", torch.device("cpu")) is PLAIN
     assert "cannot attend over packed pairs" in caplog.text
 
 

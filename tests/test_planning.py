@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from minimind_dpo import planning
 from minimind_dpo.cli import main as cli
 from minimind_dpo.data.batch import pack_pairs
+from minimind_dpo.layout import PACKED, choose_layout
 from minimind_dpo.models.adapters import add_adapters
 from minimind_dpo.models.head import CHUNK_ELEMENTS
 from minimind_dpo.planning_measure import deepspeed_settings
@@ -32,7 +33,7 @@ from minimind_dpo.planning_memory import (
 )
 from minimind_dpo.planning_phases import predict
 from minimind_dpo.planning_shape import ModelShape, read_shape, shape_of
-from minimind_dpo.scoring import PairScorer, choose_layout
+from minimind_dpo.scoring import PairScorer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 KINDS = ["llama", "qwen3", "qwen3_moe", "minimind_moe"]
@@ -156,7 +157,7 @@ def kept_by_autograd(model: PreTrainedModel, setup: Setup, autocast: bool) -> in
     rows = [random_row(generator, prefix=setup.prefix, chosen=setup.length - setup.prefix,
                        rejected=setup.length - setup.prefix, mask="final_turn") for _ in range(setup.pairs)]
     scorer = PairScorer(model.train())
-    assert choose_layout(scorer, "pairs", torch.device("cpu")) is pack_pairs
+    assert choose_layout(scorer, "pairs", torch.device("cpu")) is PACKED
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     weights = {tuple(shape) for parameter in model.parameters() for shape in (parameter.shape, parameter.shape[::-1])}
     kept: dict[int, Any] = {}

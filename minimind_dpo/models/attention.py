@@ -50,13 +50,17 @@ def pair_attention(
         [1, T, heads, head_dim] and no weights.
 
     Raises:
-        NotImplementedError: for score soft-capping and attention sinks, which scaled dot product attention lacks.
+        NotImplementedError: for score soft-capping and attention sinks, which scaled dot product attention lacks,
+            and for a model that cuts its row up before it attends.
     """
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise NotImplementedError("soft-capped scores and attention sinks have no packed form")
     if pair_segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     segments = tuple(pair_segments)
+    length = segments[-1].start + segments[-1].length
+    if not query.shape[::2] == key.shape[::2] == value.shape[::2] == (1, length):
+        raise NotImplementedError(f"queries {list(query.shape)} and keys {list(key.shape)} are not one row of {length}")
     query, key, value = autocast(query, key, value)
     if query.device.type == "cpu" and not dropout:
         rows = getattr(module, "wanted_rows", None)

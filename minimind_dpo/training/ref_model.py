@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from minimind_dpo.config import TrainConfig
 from minimind_dpo.engine import divides_states, freeze, is_sharded, loading_reference, release, scoring_dtype, unwrap
 from minimind_dpo.errors import UserError
-from minimind_dpo.ranks import on_main
+from minimind_dpo.layout import PairLayout, adopt_layout
+from minimind_dpo.ranks import decide, on_main
 from minimind_dpo.reference import (
     AdapterReference,
     CachedReference,
@@ -26,7 +27,7 @@ from minimind_dpo.reference import (
     reference_digest,
 )
 from minimind_dpo.reference_cache import Needed, ReferenceCache, cache_directory
-from minimind_dpo.scoring import PairLayout, PairScorer, choose_layout
+from minimind_dpo.scoring import PairScorer
 
 logger = logging.getLogger(__name__)
 
@@ -106,9 +107,8 @@ def make_reference(
     if loaded.model is not None:
         scorer = freeze(accelerator, PairScorer(loaded.model), offload=loaded.mode == "offload")
         loaded.model = None
-        if choose_layout(unwrap(scorer), config.attn_implementation, accelerator.device) is not layout:
-            raise UserError("ref_model_name_or_path: this model cannot use the policy's batch layout; "
-                            "set attn_implementation: sdpa")
+        adopt_layout(unwrap(scorer), policy, layout, accelerator.device, accelerator.autocast, decide,
+                     named=config.ref_model_name_or_path is not None)
     if cache is None or loaded.mode != "cache":
         return LiveReference(scorer, accelerator.autocast)
     training = scorer.training
@@ -123,7 +123,7 @@ def make_cache(config: TrainConfig, accelerator: Accelerator, digest: str, layou
     """The cache of one reference under the numeric settings of the run, nothing opened yet."""
     return ReferenceCache(cache_directory(digest, {
         "precision": accelerator.mixed_precision, "weights": str(scoring_dtype(accelerator)),
-        "attention": config.attn_implementation, "layout": layout.__name__, "device": accelerator.device.type}))
+        "attention": config.attn_implementation, "layout": layout.id, "device": accelerator.device.type}))
 
 
 def open_complete(accelerator: Accelerator, cache: ReferenceCache, needed: Sequence[Needed]) -> bool:

@@ -18,11 +18,12 @@ from minimind_dpo.data.order import PairOrder, total_steps
 from minimind_dpo.data.tokenized import TokenizedData, tokenize_files
 from minimind_dpo.engine import is_sharded, make_optimizer, prepare, trained_state, unwrap
 from minimind_dpo.errors import UserError
+from minimind_dpo.layout import choose_layout
 from minimind_dpo.models.adapters import add_adapters
 from minimind_dpo.models.loading import load_model
-from minimind_dpo.ranks import main_first
+from minimind_dpo.ranks import decide, main_first
 from minimind_dpo.reference_cache import Needed
-from minimind_dpo.scoring import PairScorer, choose_layout, embedding_rows
+from minimind_dpo.scoring import PairScorer, embedding_rows
 from minimind_dpo.training.checkpoint import TrainerState, load_checkpoint, read_state, set_aside_later
 from minimind_dpo.training.loop import Run
 from minimind_dpo.training.ref_model import load_reference, make_reference
@@ -56,7 +57,8 @@ def build_run(
     if not is_sharded(accelerator):
         policy.to(accelerator.device)  # type: ignore[arg-type]
     scorer, optimizer = prepare(accelerator, *_trainable(config, policy))
-    layout = choose_layout(unwrap(scorer), config.attn_implementation, accelerator.device)
+    layout = choose_layout(
+        unwrap(scorer), config.attn_implementation, accelerator.device, accelerator.autocast, decide)
     reference = make_reference(config, accelerator, loaded, unwrap(scorer), layout, data.needed(),
                                stop.__bool__)
     identity = {name: getattr(config, name) for name in _IDENTITY} | {
