@@ -57,13 +57,22 @@ def train(assets: Path, train_data: Path, output_dir: Path, settings: dict[str, 
     """Run the command unless `output_dir` holds the finished run already; its summary."""
     if not (output_dir / "summary.json").exists():
         (weights,) = assets.glob("*.pth")
-        flags = {"model_name_or_path": weights, "tokenizer_name_or_path": assets / "tokenizer",
-                 "train_data": train_data, "eval_data": assets / "heldout.jsonl", "max_length": 128,
-                 "save_steps": 0, "output_dir": output_dir} | settings
+        flags = {
+            "model_name_or_path": weights,
+            "tokenizer_name_or_path": assets / "tokenizer",
+            "train_data": train_data,
+            "eval_data": assets / "heldout.jsonl",
+            "max_length": 128,
+            "save_steps": 0,
+            "output_dir": output_dir,
+        } | settings
         command = [sys.executable, "-m", "minimind_dpo.train"]
-        subprocess.run([*command, *(word for name, value in flags.items() for word in (f"--{name}", str(value)))],
-                       check=True, env=os.environ | {"MINIMIND_DPO_CACHE": str(output_dir.parent / "cache")},
-                       stderr=subprocess.DEVNULL)
+        subprocess.run(
+            [*command, *(word for name, value in flags.items() for word in (f"--{name}", str(value)))],
+            check=True,
+            env=os.environ | {"MINIMIND_DPO_CACHE": str(output_dir.parent / "cache")},
+            stderr=subprocess.DEVNULL,
+        )
     return json.loads((output_dir / "summary.json").read_text())
 
 
@@ -101,11 +110,13 @@ def main() -> None:
         summary = train(options.assets, train_data, output_dir, SETTINGS[name])
         before, after = summary["eval_before"], summary["eval_after"]
         manner, content = replies_right(output_dir / "model", options.assets)
-        print(f"| {name} | {after['eval_loss']:.4f} | {after['eval_rewards/accuracies']:.1%} "
-              f"| {after['eval_rewards/margins']:.3f} "
-              f"| {before['eval_logps/accuracies']:.1%} → {after['eval_logps/accuracies']:.1%} "
-              f"| {after['eval_logps/chosen'] - before['eval_logps/chosen']:+.1f} | {manner:.1%} | {content:.1%} |",
-              flush=True)
+        print(
+            f"| {name} | {after['eval_loss']:.4f} | {after['eval_rewards/accuracies']:.1%} "
+            f"| {after['eval_rewards/margins']:.3f} "
+            f"| {before['eval_logps/accuracies']:.1%} → {after['eval_logps/accuracies']:.1%} "
+            f"| {after['eval_logps/chosen'] - before['eval_logps/chosen']:+.1f} | {manner:.1%} | {content:.1%} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

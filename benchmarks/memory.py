@@ -48,17 +48,30 @@ def make_job(directory: Path, vocab_size: int, length: int, options: argparse.Na
         word_tokenizer(vocab_size).save_pretrained(tokenizer)
     prompt = round(length * options.prompt_share)
     pair = PairLengths(prompt, length - prompt, length - prompt, shared=prompt)
-    return Job(model=str(model), tokenizer=str(tokenizer), scratch=str(directory), batch=1, micro_batch=1,
-               pairs=write_pairs(directory / f"pairs{vocab_size}_{length}.jsonl", [pair], vocab_size),
-               max_length=length, windows=(1,), threads=options.threads)
+    return Job(
+        model=str(model),
+        tokenizer=str(tokenizer),
+        scratch=str(directory),
+        batch=1,
+        micro_batch=1,
+        pairs=write_pairs(directory / f"pairs{vocab_size}_{length}.jsonl", [pair], vocab_size),
+        max_length=length,
+        windows=(1,),
+        threads=options.threads,
+    )
 
 
 def measure(name: str, job: Job, limit_bytes: int) -> float | None:
     """Peak MiB of one cell; None if it asked for more than the limit."""
     kind = "ours_cached" if name == "ours_fill" else name  # the first of ours fills the cache for the second
     try:
-        worker = Worker(name, partial(_contest_as, kind), partial(prepare, kind, limit_bytes), job,
-                        Path(job.scratch) / f"{name}.log")
+        worker = Worker(
+            name,
+            partial(_contest_as, kind),
+            partial(prepare, kind, limit_bytes),
+            job,
+            Path(job.scratch) / f"{name}.log",
+        )
     except WorkerFailed as failed:
         if "allocate" not in failed.args[1] and "MemoryError" not in failed.args[1]:
             sys.exit("{} failed:\n{}".format(*failed.args))
@@ -71,8 +84,9 @@ def _contest_as(kind: str, name: str, job: Job, gate: object) -> None:
     contest(kind, job, gate)  # type: ignore[arg-type]
 
 
-def show(peaks: dict[tuple[int, int, str], float | None], states: dict[int, float],
-         options: argparse.Namespace) -> None:
+def show(
+    peaks: dict[tuple[int, int, str], float | None], states: dict[int, float], options: argparse.Namespace
+) -> None:
     """Print a table a vocabulary."""
     for vocab_size in options.vocab_sizes:
         print(f"\nvocabulary {vocab_size:,}, model states {states[vocab_size]:.0f} MiB: peak MiB (beyond states)")
@@ -112,8 +126,10 @@ def main() -> None:
             states[vocab_size] = 16 * parameter_counts(job.model)[0] / MIB
     show(peaks, states, options)
     if options.json:
-        cells = [{"vocab_size": vocab, "length": length, "contestant": name, "peak_mib": peak}
-                 for (vocab, length, name), peak in peaks.items()]
+        cells = [
+            {"vocab_size": vocab, "length": length, "contestant": name, "peak_mib": peak}
+            for (vocab, length, name), peak in peaks.items()
+        ]
         Path(options.json).write_text(json.dumps({"states_mib": states, "cells": cells}, indent=1), "utf-8")
 
 

@@ -32,7 +32,8 @@ def naive_losses(policy: Any, reference: Any, batch: dict[str, Tensor], loss_typ
     `sigmoid` sums log-probabilities over a side's tokens, `sigmoid_norm` takes their mean.
     """
     inputs, labels, mask = (
-        torch.cat([batch[f"{part}_chosen"], batch[f"{part}_rejected"]]) for part in ("x", "y", "mask"))
+        torch.cat([batch[f"{part}_chosen"], batch[f"{part}_rejected"]]) for part in ("x", "y", "mask")
+    )
 
     def side_logps(model: Any) -> Tensor:
         logps = torch.log_softmax(model(inputs).logits, dim=-1).gather(-1, labels[..., None])[..., 0]
@@ -74,8 +75,15 @@ def minimind(name: str, job: Job, gate: Gate) -> None:
     from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 
     source = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-             "vocab_size", "rms_norm_eps")
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+        "rms_norm_eps",
+    )
     config = MiniMindConfig(**{key: getattr(source.config, key) for key in names}, dropout=0.0, use_moe=False)
     models = [MiniMindForCausalLM(config) for _ in range(2)]
     for model in models:
@@ -98,8 +106,14 @@ def minimind(name: str, job: Job, gate: Gate) -> None:
 
     never = 2**62
     script.args = types.SimpleNamespace(  # the script's globals
-        device="cpu", epochs=1, learning_rate=job.learning_rate, accumulation_steps=1, grad_clip=1.0,
-        log_interval=never, save_interval=never)
+        device="cpu",
+        epochs=1,
+        learning_rate=job.learning_rate,
+        accumulation_steps=1,
+        grad_clip=1.0,
+        log_interval=never,
+        save_interval=never,
+    )
     script.model, script.autocast_ctx = policy.train(), nullcontext()
     script.optimizer = torch.optim.AdamW(policy.parameters(), lr=job.learning_rate)
     script.scaler = torch.amp.GradScaler("cpu", enabled=False)

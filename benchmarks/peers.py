@@ -60,13 +60,27 @@ def ours(name: str, job: Job, gate: Gate) -> None:
     from minimind_dpo.training.setup import build_run
     from minimind_dpo.training.signals import StopRequest
 
-    config = make_config({
-        "model_name_or_path": job.model, "tokenizer_name_or_path": job.tokenizer, "train_data": [job.pairs],
-        "output_dir": str(Path(job.scratch) / name), "max_length": job.max_length, "max_steps": job.steps,
-        "per_device_train_batch_size": job.micro_batch, "gradient_accumulation_steps": job.batch // job.micro_batch,
-        "reference": "live" if name == "ours_live" else "cache", "loss_type": job.loss_type, "beta": job.beta,
-        "learning_rate": job.learning_rate, "lr_scheduler_type": "constant", "weight_decay": 0, "shuffle": False,
-        "logging_steps": 1, "save_steps": 0})
+    config = make_config(
+        {
+            "model_name_or_path": job.model,
+            "tokenizer_name_or_path": job.tokenizer,
+            "train_data": [job.pairs],
+            "output_dir": str(Path(job.scratch) / name),
+            "max_length": job.max_length,
+            "max_steps": job.steps,
+            "per_device_train_batch_size": job.micro_batch,
+            "gradient_accumulation_steps": job.batch // job.micro_batch,
+            "reference": "live" if name == "ours_live" else "cache",
+            "loss_type": job.loss_type,
+            "beta": job.beta,
+            "learning_rate": job.learning_rate,
+            "lr_scheduler_type": "constant",
+            "weight_decay": 0,
+            "shuffle": False,
+            "logging_steps": 1,
+            "save_steps": 0,
+        }
+    )
     with StopRequest() as stop:
         run = build_run(config, make_accelerator(config), load_tokenizer(job.tokenizer), None, stop)
         if name == "ours_fill":
@@ -101,8 +115,15 @@ def _fill(run: Any, gate: Gate) -> None:
         positions = sorted(int(pair) for number in steps for pair in run.order.step_pairs(number))
         with tempfile.TemporaryDirectory() as cache:
             os.environ["MINIMIND_DPO_CACHE"] = cache
-            make_reference(run.config, run.accelerator, LoadedReference("cache", None, "filled anew"), run.scorer,
-                           run.layout, [Needed(run.train_data, positions)], lambda: False)
+            make_reference(
+                run.config,
+                run.accelerator,
+                LoadedReference("cache", None, "filled anew"),
+                run.scorer,
+                run.layout,
+                [Needed(run.train_data, positions)],
+                lambda: False,
+            )
         step = steps[-1]
         for _ in steps:
             gate.step(math.nan)
@@ -118,17 +139,36 @@ def trl(name: str, job: Job, gate: Gate) -> None:
     micro_batch = int(found[1]) if found else job.micro_batch
     rows = read_rows(job.pairs)
     args = DPOConfig(
-        output_dir=str(Path(job.scratch) / name), use_cpu=True, bf16=False, gradient_checkpointing=False,
-        per_device_train_batch_size=micro_batch, gradient_accumulation_steps=job.batch // micro_batch,
-        max_steps=job.steps, learning_rate=job.learning_rate, lr_scheduler_type="constant", weight_decay=0.0,
-        max_grad_norm=1.0, optim="adamw_torch_fused", loss_type=[job.loss_type], beta=job.beta,
-        max_length=job.max_length, precompute_ref_log_probs="_live" not in name,
-        train_sampling_strategy="sequential", dataloader_num_workers=1 if "_workers" in name else 0,
-        dataloader_pin_memory=False, logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True)
+        output_dir=str(Path(job.scratch) / name),
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=job.batch // micro_batch,
+        max_steps=job.steps,
+        learning_rate=job.learning_rate,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        optim="adamw_torch_fused",
+        loss_type=[job.loss_type],
+        beta=job.beta,
+        max_length=job.max_length,
+        precompute_ref_log_probs="_live" not in name,
+        train_sampling_strategy="sequential",
+        dataloader_num_workers=1 if "_workers" in name else 0,
+        dataloader_pin_memory=False,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
     trainer = DPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32), args=args,
+        model=AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32),
+        args=args,
         train_dataset=Dataset.from_list(_grouped(rows, job) if "_grouped" in name else rows),
-        processing_class=AutoTokenizer.from_pretrained(job.tokenizer))
+        processing_class=AutoTokenizer.from_pretrained(job.tokenizer),
+    )
     losses: list[Tensor] = []
     compute_loss = trainer.compute_loss
 
@@ -152,6 +192,9 @@ def _grouped(rows: list[dict[str, str]], job: Job) -> list[dict[str, str]]:
     ordered: list[dict[str, str]] = []
     for steps in job.windows:
         window = rows[len(ordered) : len(ordered) + steps * job.batch]
-        ordered += sorted(window, reverse=True, key=lambda row: len(row["prompt"].split())
-                          + max(len(row["chosen"].split()), len(row["rejected"].split())))
+        ordered += sorted(
+            window,
+            reverse=True,
+            key=lambda row: len(row["prompt"].split()) + max(len(row["chosen"].split()), len(row["rejected"].split())),
+        )
     return ordered

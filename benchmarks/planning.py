@@ -28,12 +28,30 @@ from minimind_dpo.planning_shape import read_shape
 MIB = 2**20
 LORA_R = 8
 SHAPES = {
-    "minimind-26m": {"vocab_size": 6400, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
-                     "num_attention_heads": 8, "num_key_value_heads": 2},
-    "minimind-104m": {"vocab_size": 6400, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 16,
-                      "num_attention_heads": 8, "num_key_value_heads": 2},
-    "smollm2-135m": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-                     "num_attention_heads": 9, "num_key_value_heads": 3},
+    "minimind-26m": {
+        "vocab_size": 6400,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+    },
+    "minimind-104m": {
+        "vocab_size": 6400,
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+    },
+    "smollm2-135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
 }
 
 
@@ -42,8 +60,10 @@ def row(source: Path, setup: Setup) -> str:
     lora_r = LORA_R if setup.reference == "adapter" else None
     predicted = predict(read_shape(str(source), lora_r=lora_r), setup, process_bytes())[0]
     measured = measure(str(source), setup, None, lora_r)
-    return (f"| {source.name} | {setup.stage} | {setup.world} | {setup.reference} | {setup.pairs} x {setup.length} "
-            f"| {predicted.total / MIB:.0f} | {measured / MIB:.0f} | {predicted.total / measured:.2f} |")
+    return (
+        f"| {source.name} | {setup.stage} | {setup.world} | {setup.reference} | {setup.pairs} x {setup.length} "
+        f"| {predicted.total / MIB:.0f} | {measured / MIB:.0f} | {predicted.total / measured:.2f} |"
+    )
 
 
 def main() -> None:
@@ -62,17 +82,35 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         for model in args.model:
             source = Path(name) / model
-            config = LlamaConfig(tie_word_embeddings=True, max_position_embeddings=8192,
-                                 architectures=["LlamaForCausalLM"], **SHAPES[model])
+            config = LlamaConfig(
+                tie_word_embeddings=True,
+                max_position_embeddings=8192,
+                architectures=["LlamaForCausalLM"],
+                **SHAPES[model],
+            )
             config.save_pretrained(source)
             for batch in args.batch:
                 pairs, length = map(int, batch.split("x"))
                 for stage in args.stage:
                     for reference in args.reference:
-                        print(row(source, Setup(
-                            world=args.num_processes, per_node=args.num_processes, stage=stage, reference=reference,
-                            offload=args.offload, pairs=pairs, length=length,
-                            checkpointing=args.gradient_checkpointing, bf16=args.bf16, cpu=True)), flush=True)
+                        print(
+                            row(
+                                source,
+                                Setup(
+                                    world=args.num_processes,
+                                    per_node=args.num_processes,
+                                    stage=stage,
+                                    reference=reference,
+                                    offload=args.offload,
+                                    pairs=pairs,
+                                    length=length,
+                                    checkpointing=args.gradient_checkpointing,
+                                    bf16=args.bf16,
+                                    cpu=True,
+                                ),
+                            ),
+                            flush=True,
+                        )
 
 
 if __name__ == "__main__":

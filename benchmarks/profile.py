@@ -38,8 +38,19 @@ from minimind_dpo.training import loop
 from minimind_dpo.training.setup import build_run
 from minimind_dpo.training.signals import StopRequest
 
-PHASES = ("data", "reference", "forward: layers", "forward: attention", "forward: head", "loss and metrics",
-          "backward: layers", "backward: attention", "backward: head", "clipping and optimizer", "everything else")
+PHASES = (
+    "data",
+    "reference",
+    "forward: layers",
+    "forward: attention",
+    "forward: head",
+    "loss and metrics",
+    "backward: layers",
+    "backward: attention",
+    "backward: head",
+    "clipping and optimizer",
+    "everything else",
+)
 
 
 class Stopwatch:
@@ -125,15 +136,25 @@ def main() -> None:
         lengths = mix_lengths(args.mix, args.batch * (args.steps + 1))
         vocabulary = vocabulary_of(model)
         word_tokenizer(vocabulary).save_pretrained(Path(scratch, "tokenizer"))
-        config = make_config({
-            "model_name_or_path": model, "tokenizer_name_or_path": str(Path(scratch, "tokenizer")),
-            "train_data": [write_pairs(Path(scratch, "pairs.jsonl"), lengths, vocabulary)],
-            "output_dir": str(Path(scratch, "run")), "max_length": MAX_LENGTH[args.mix], "max_steps": args.steps + 1,
-            "per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": args.batch // micro_batch,
-            "reference": args.reference, "shuffle": False, "save_steps": 0})
+        config = make_config(
+            {
+                "model_name_or_path": model,
+                "tokenizer_name_or_path": str(Path(scratch, "tokenizer")),
+                "train_data": [write_pairs(Path(scratch, "pairs.jsonl"), lengths, vocabulary)],
+                "output_dir": str(Path(scratch, "run")),
+                "max_length": MAX_LENGTH[args.mix],
+                "max_steps": args.steps + 1,
+                "per_device_train_batch_size": micro_batch,
+                "gradient_accumulation_steps": args.batch // micro_batch,
+                "reference": args.reference,
+                "shuffle": False,
+                "save_steps": 0,
+            }
+        )
         with StopRequest() as stop:
-            run = build_run(config, make_accelerator(config), load_tokenizer(config.tokenizer_name_or_path or ""), None,
-                            stop)
+            run = build_run(
+                config, make_accelerator(config), load_tokenizer(config.tokenizer_name_or_path or ""), None, stop
+            )
             clock = Stopwatch()
             watch(run, clock)
             loop.train(run)
@@ -157,11 +178,15 @@ def _print(clock: Stopwatch, run: loop.Run, batch: int) -> None:
     print(f"| all | {total:.4f} | |\n")
     parameters = sum(weight.numel() for weight in unwrap(run.scorer).parameters())
     tokens = run.train_data.tokens.reshape(-1, batch).sum(axis=1)[1:]
-    rate = statistics.median(6 * parameters * int(count) / (sum(step.values()) - step.get("reference", 0.0)) / 1e9
-                             for count, step in zip(tokens, steps, strict=True))
+    rate = statistics.median(
+        6 * parameters * int(count) / (sum(step.values()) - step.get("reference", 0.0)) / 1e9
+        for count, step in zip(tokens, steps, strict=True)
+    )
     peak = max(statistics.median(rates[size] for rates in clock.peaks) for size in clock.peaks[0])
-    print(f"{batch} pairs of {tokens.mean() / batch:.0f} tokens a step, {parameters / 1e6:.1f}M parameters: "
-          f"{total / batch:.3f} s a pair, {rate:.0f} GFLOP/s (policy), {rate / peak:.0%} of torch.mm's {peak:.0f}")
+    print(
+        f"{batch} pairs of {tokens.mean() / batch:.0f} tokens a step, {parameters / 1e6:.1f}M parameters: "
+        f"{total / batch:.3f} s a pair, {rate:.0f} GFLOP/s (policy), {rate / peak:.0%} of torch.mm's {peak:.0f}"
+    )
 
 
 if __name__ == "__main__":

@@ -53,8 +53,18 @@ from benchmarks.workloads import (
     write_pairs,
 )
 
-CONTESTANTS = ("ours_cached", "ours_fill", "ours_live", "trl", "trl_live", "trl_mb1", "trl_mb1_live", "trl_grouped",
-               "trl_grouped_live", "naive")
+CONTESTANTS = (
+    "ours_cached",
+    "ours_fill",
+    "ours_live",
+    "trl",
+    "trl_live",
+    "trl_mb1",
+    "trl_mb1_live",
+    "trl_grouped",
+    "trl_grouped_live",
+    "naive",
+)
 FIRST_EPOCH = ("ours_cached", "ours_fill")
 MATRIX_SIZES = (1024, 2048, 3072)
 LOSS_TOLERANCE = 1e-5  # relative
@@ -82,11 +92,19 @@ def make_job(options: argparse.Namespace, scratch: Path) -> tuple[Job, list[Pair
     vocab_size = AutoConfig.from_pretrained(model).vocab_size
     word_tokenizer(vocab_size).save_pretrained(scratch / "tokenizer")
     return Job(
-        model=model, tokenizer=str(scratch / "tokenizer"), scratch=str(scratch),
-        pairs=write_pairs(scratch / "pairs.jsonl", lengths, vocab_size, options.seed), batch=options.batch,
-        micro_batch=options.micro_batch or min(options.batch, 4), max_length=MAX_LENGTH[options.mix], windows=windows,
-        threads=options.threads, loss_type=options.loss_type or ("sigmoid_norm" if options.minimind else "sigmoid"),
-        learning_rate=options.learning_rate, minimind=options.minimind), lengths
+        model=model,
+        tokenizer=str(scratch / "tokenizer"),
+        scratch=str(scratch),
+        pairs=write_pairs(scratch / "pairs.jsonl", lengths, vocab_size, options.seed),
+        batch=options.batch,
+        micro_batch=options.micro_batch or min(options.batch, 4),
+        max_length=MAX_LENGTH[options.mix],
+        windows=windows,
+        threads=options.threads,
+        loss_type=options.loss_type or ("sigmoid_norm" if options.minimind else "sigmoid"),
+        learning_rate=options.learning_rate,
+        minimind=options.minimind,
+    ), lengths
 
 
 def measure(names: list[str], job: Job) -> tuple[dict[str, list[Window]], float]:
@@ -119,8 +137,10 @@ def take_turns(workers: list[Worker], job: Job) -> tuple[dict[str, list[Window]]
 
 def seconds_a_pair(results: dict[str, list[Window]], batch: int) -> dict[str, list[float]]:
     """Of every contestant in each round, the first epoch with its filling pass among them."""
-    seconds = {name: [window.seconds / len(window.losses) / batch for window in windows[1:]]
-               for name, windows in results.items()}
+    seconds = {
+        name: [window.seconds / len(window.losses) / batch for window in windows[1:]]
+        for name, windows in results.items()
+    }
     if seconds.keys() >= set(FIRST_EPOCH):
         seconds["first epoch"] = [sum(parts) for parts in zip(*map(seconds.__getitem__, FIRST_EPOCH), strict=True)]
     return seconds
@@ -150,11 +170,16 @@ def loss_differences(results: dict[str, list[Window]]) -> dict[str, float]:
 
     A grouped contestant steps through other pairs; only the means of its windows could be compared, and are not.
     """
-    losses = {name: [loss for window in windows for loss in window.losses] for name, windows in results.items()
-              if "grouped" not in name and name != "ours_fill"}
+    losses = {
+        name: [loss for window in windows for loss in window.losses]
+        for name, windows in results.items()
+        if "grouped" not in name and name != "ours_fill"
+    }
     first = losses.get("ours_cached") or next(iter(losses.values()))
-    return {name: max(abs(own - other) / abs(own) for own, other in zip(first, values, strict=False))
-            for name, values in losses.items()}
+    return {
+        name: max(abs(own - other) / abs(own) for own, other in zip(first, values, strict=False))
+        for name, values in losses.items()
+    }
 
 
 def summarise(results: dict[str, list[Window]], peak: float, lengths: list[PairLengths], job: Job) -> dict[str, Any]:
@@ -166,30 +191,48 @@ def summarise(results: dict[str, list[Window]], peak: float, lengths: list[PairL
 
     def rates(name: str, amounts: list[float]) -> float:
         mean = statistics.mean(amounts)  # of a slow contestant, which does not see all of a round's pairs
-        return statistics.median(passes(name) * (mean if name in SLOW else amount) / spent / 1e9
-                                 for amount, spent in zip(amounts, seconds[name], strict=True))
+        return statistics.median(
+            passes(name) * (mean if name in SLOW else amount) / spent / 1e9
+            for amount, spent in zip(amounts, seconds[name], strict=True)
+        )
 
     def peak_mib(name: str) -> float:
         parts = FIRST_EPOCH if name == "first epoch" else (name,)
         return max(results[part][-1].peak_bytes for part in parts) / MIB
 
-    rows = {name: {
-        "seconds_a_pair": statistics.median(seconds[name]), "gflops": rates(name, work),
-        "exact_gflops": rates(name, exact), "peak_mib": peak_mib(name)} for name in seconds}
+    rows = {
+        name: {
+            "seconds_a_pair": statistics.median(seconds[name]),
+            "gflops": rates(name, work),
+            "exact_gflops": rates(name, exact),
+            "peak_mib": peak_mib(name),
+        }
+        for name in seconds
+    }
     return {
-        "matrix_peak_gflops": peak, "parameters": parameters, "head_parameters": head,
-        "real_tokens_a_pair": statistics.mean(pair.packed for pair in timed), "contestants": rows,
-        "seconds_a_pair_by_round": seconds, "loss_differences": loss_differences(results),
-        "losses": {name: [loss for window in windows for loss in window.losses] for name, windows in results.items()
-                   if name != "ours_fill"}}
+        "matrix_peak_gflops": peak,
+        "parameters": parameters,
+        "head_parameters": head,
+        "real_tokens_a_pair": statistics.mean(pair.packed for pair in timed),
+        "contestants": rows,
+        "seconds_a_pair_by_round": seconds,
+        "loss_differences": loss_differences(results),
+        "losses": {
+            name: [loss for window in windows for loss in window.losses]
+            for name, windows in results.items()
+            if name != "ours_fill"
+        },
+    }
 
 
 def show(summary: dict[str, Any], options: argparse.Namespace, job: Job) -> None:
     """Print the tables."""
-    print(f"\n{options.mix} mix, {job.batch} pairs an optimizer step, micro-batch {job.micro_batch}, "
-          f"{summary['real_tokens_a_pair']:.0f} real tokens a pair, {summary['parameters']:,} parameters "
-          f"({summary['head_parameters']:,} of the head), fp32, {job.threads} threads, "
-          f"{options.rounds} rounds of {options.steps} steps")
+    print(
+        f"\n{options.mix} mix, {job.batch} pairs an optimizer step, micro-batch {job.micro_batch}, "
+        f"{summary['real_tokens_a_pair']:.0f} real tokens a pair, {summary['parameters']:,} parameters "
+        f"({summary['head_parameters']:,} of the head), fp32, {job.threads} threads, "
+        f"{options.rounds} rounds of {options.steps} steps"
+    )
     peak = summary["matrix_peak_gflops"]
     print(f"torch.mm peak: {peak:.0f} GFLOP/s\n")
     print("| | seconds a pair | x ours_cached | effective GFLOP/s | of the peak | exact, of it | peak memory, MiB |")
@@ -197,8 +240,10 @@ def show(summary: dict[str, Any], options: argparse.Namespace, job: Job) -> None
     by_round = summary["seconds_a_pair_by_round"]
     for name, row in summary["contestants"].items():
         ratio = median_ratio(by_round, name, "ours_cached")
-        print(f"| {name} | {row['seconds_a_pair']:.3f} | {ratio:.2f} | {row['gflops']:.0f} "
-              f"| {row['gflops'] / peak:.0%} | {row['exact_gflops'] / peak:.0%} | {row['peak_mib']:.0f} |")
+        print(
+            f"| {name} | {row['seconds_a_pair']:.3f} | {ratio:.2f} | {row['gflops']:.0f} "
+            f"| {row['gflops'] / peak:.0%} | {row['exact_gflops'] / peak:.0%} | {row['peak_mib']:.0f} |"
+        )
     ours = summary["losses"].get("ours_cached", [math.nan])
     print(f"\nlosses, step by step, against ours (which moved by {max(abs(loss - ours[0]) for loss in ours):.1e}):")
     for name, difference in summary["loss_differences"].items():
@@ -215,11 +260,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warm_up", type=int, default=4, help="optimizer steps before the first round")
     parser.add_argument("--contestants", default=",".join(CONTESTANTS), help="names, see benchmarks/peers.py")
-    parser.add_argument("--minimind", help="directory of a MiniMind checkout whose model has --model's weights "
-                        "(generation 2 for the default)")
+    parser.add_argument(
+        "--minimind",
+        help="directory of a MiniMind checkout whose model has --model's weights (generation 2 for the default)",
+    )
     parser.add_argument("--model", help="directory of another model (default: MiniMind's 26M shape, random weights)")
-    parser.add_argument("--loss_type", choices=("sigmoid", "sigmoid_norm"),
-                        help="default: sigmoid; beside MiniMind's script sigmoid_norm, its own")
+    parser.add_argument(
+        "--loss_type",
+        choices=("sigmoid", "sigmoid_norm"),
+        help="default: sigmoid; beside MiniMind's script sigmoid_norm, its own",
+    )
     parser.add_argument("--learning_rate", type=float, default=1e-6)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--seed", type=int, default=0)

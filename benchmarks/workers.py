@@ -82,8 +82,15 @@ class Worker:
         warm_up: steps of its first window.
     """
 
-    def __init__(self, name: str, contestant: Callable[..., None], prepare: Callable[[], None], job: Any, log: Path,
-                 warm_up: int = 1):
+    def __init__(
+        self,
+        name: str,
+        contestant: Callable[..., None],
+        prepare: Callable[[], None],
+        job: Any,
+        log: Path,
+        warm_up: int = 1,
+    ):
         self.name, self._log = name, log
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
@@ -116,8 +123,15 @@ class WorkerFailed(Exception):
     """A contestant's process ended; its name and the last it printed."""
 
 
-def _serve(pipe: Connection, name: str, contestant: Callable[..., None], prepare: Callable[[], None], job: Any,
-           log: Path, warm_up: int) -> None:
+def _serve(
+    pipe: Connection,
+    name: str,
+    contestant: Callable[..., None],
+    prepare: Callable[[], None],
+    job: Any,
+    log: Path,
+    warm_up: int,
+) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, sys.stdout.fileno())
     os.dup2(descriptor, sys.stderr.fileno())

@@ -85,8 +85,9 @@ def mix_lengths(mix: str, count: int, seed: int = 0) -> list[PairLengths]:
     rng = random.Random(seed)
     if mix == "chat":
         rows = json.loads(CHAT_LENGTHS.read_text("utf-8"))["pairs"]
-        return rng.sample([pair for pair in (PairLengths(*row) for row in rows) if pair.longest <= MAX_LENGTH[mix]],
-                          count)
+        return rng.sample(
+            [pair for pair in (PairLengths(*row) for row in rows) if pair.longest <= MAX_LENGTH[mix]], count
+        )
     lengths = []
     for _ in range(count):
         prompt, chosen, rejected = (round(size * rng.uniform(1 - JITTER, 1 + JITTER)) for size in FIXED_MIXES[mix])
@@ -102,8 +103,9 @@ def text_row(lengths: PairLengths, vocab_size: int, rng: random.Random) -> dict[
 
     common = words(lengths.shared - lengths.prompt)
     answers = []
-    for first, size in zip(rng.sample(range(len(SPECIAL_TOKENS), vocab_size), 2),
-                           (lengths.chosen, lengths.rejected), strict=True):
+    for first, size in zip(
+        rng.sample(range(len(SPECIAL_TOKENS), vocab_size), 2), (lengths.chosen, lengths.rejected), strict=True
+    ):
         own = size - len(common) - 1  # the end-of-text token is added by whoever tokenises
         assert own > 0, lengths
         answers.append(" ".join([*common, f"w{first}", *words(own - 1)]))
@@ -121,17 +123,39 @@ def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 def tiny_shape(vocab_size: int) -> LlamaConfig:
     """A small body, so that in memory the head dominates."""
     return LlamaConfig(
-        vocab_size=vocab_size, hidden_size=256, intermediate_size=704, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=32768, rope_theta=1e6,
-        rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+        vocab_size=vocab_size,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=32768,
+        rope_theta=1e6,
+        rms_norm_eps=1e-5,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
 
 
 def minimind_shape() -> LlamaConfig:
     """MiniMind's 26M model of generation 2."""
     return LlamaConfig(
-        vocab_size=6400, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
-        num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=32768, rope_theta=1e6,
-        rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+        vocab_size=6400,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=32768,
+        rope_theta=1e6,
+        rms_norm_eps=1e-5,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
 
 
 def save_model(shape: LlamaConfig, directory: Path) -> str:

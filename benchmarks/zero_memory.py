@@ -28,19 +28,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from minimind_dpo.config import make_config
 from minimind_dpo.data.batch import pad_pairs
-from minimind_dpo.engine import (
-    apply_gradients,
-    backward,
-    make_accelerator,
-    make_optimizer,
-    prepare,
-)
+from minimind_dpo.engine import apply_gradients, backward, make_accelerator, make_optimizer, prepare
 from minimind_dpo.scoring import PairScorer
 
 ROOT = Path(__file__).resolve().parent.parent
 BUCKET = 1_000_000  # elements; small, since the table is about states
-ROW = {"chosen_input_ids": [1, 2, 3], "chosen_completion_mask": [0, 1, 1],
-       "rejected_input_ids": [1, 2, 4], "rejected_completion_mask": [0, 1, 1]}
+ROW = {
+    "chosen_input_ids": [1, 2, 3],
+    "chosen_completion_mask": [0, 1, 1],
+    "rejected_input_ids": [1, 2, 4],
+    "rejected_completion_mask": [0, 1, 1],
+}
 
 
 def paper_bytes(stage: int, ranks: int) -> float:
@@ -64,8 +62,15 @@ def measure(hidden_size: int) -> None:
     """Train one step on this rank and print the bytes a parameter it holds."""
     config = make_config({"model_name_or_path": "none", "train_data": ["none"], "output_dir": "none"})
     accelerator = make_accelerator(config)
-    shape = LlamaConfig(vocab_size=6400, hidden_size=hidden_size, intermediate_size=hidden_size * 11 // 4,
-                        num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=True)
+    shape = LlamaConfig(
+        vocab_size=6400,
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 11 // 4,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
     model = LlamaForCausalLM._from_config(shape)  # under stage 3 sharded from its first weight on
     parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
     scorer = PairScorer(model.train())
@@ -83,15 +88,41 @@ def measure(hidden_size: int) -> None:
 def launch(stage: int, ranks: int, hidden_size: int, directory: Path) -> tuple[float, int]:
     """Measure one cell in processes of its own: bytes a parameter, and parameters."""
     settings = directory / f"zero{stage}.json"
-    settings.write_text(json.dumps({"bf16": {"enabled": True}, "zero_optimization": {
-        "stage": stage, "reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET,
-        "stage3_prefetch_bucket_size": BUCKET, "stage3_param_persistence_threshold": 0}}))
+    settings.write_text(
+        json.dumps(
+            {
+                "bf16": {"enabled": True},
+                "zero_optimization": {
+                    "stage": stage,
+                    "reduce_bucket_size": BUCKET,
+                    "allgather_bucket_size": BUCKET,
+                    "stage3_prefetch_bucket_size": BUCKET,
+                    "stage3_param_persistence_threshold": 0,
+                },
+            }
+        )
+    )
     kind = "multi_cpu" if stage == 0 else f"ds_zero{stage}_cpu"
-    accelerate = (ROOT / "configs" / "accelerate" / f"{kind}.yaml").read_text("utf-8").replace(
-        f"configs/deepspeed/zero{stage}_cpu.json", str(settings))
+    accelerate = (
+        (ROOT / "configs" / "accelerate" / f"{kind}.yaml")
+        .read_text("utf-8")
+        .replace(f"configs/deepspeed/zero{stage}_cpu.json", str(settings))
+    )
     (directory / "accelerate.yaml").write_text(accelerate)
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(directory / "accelerate.yaml"),
-             "--num_processes", str(ranks), "--main_process_port", "0", __file__, "--hidden_size", str(hidden_size)]
+    words = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(directory / "accelerate.yaml"),
+        "--num_processes",
+        str(ranks),
+        "--main_process_port",
+        "0",
+        __file__,
+        "--hidden_size",
+        str(hidden_size),
+    ]
     result = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"MEASURE_RANK": "1"})
     for line in result.stdout.splitlines():
         if "MEASURED" in line:
@@ -110,8 +141,11 @@ def main() -> None:
         measure(options.hidden_size)
         return
     with tempfile.TemporaryDirectory() as directory:
-        cells = {(stage, ranks): launch(stage, ranks, options.hidden_size, Path(directory))
-                 for stage in range(4) for ranks in options.ranks}
+        cells = {
+            (stage, ranks): launch(stage, ranks, options.hidden_size, Path(directory))
+            for stage in range(4)
+            for ranks in options.ranks
+        }
     parameters = next(iter(cells.values()))[1]
     print(f"bytes a parameter on each rank, measured (paper), {parameters:,} parameters")
     print("| stage | " + " | ".join(f"{ranks} rank(s)" for ranks in options.ranks) + " |")

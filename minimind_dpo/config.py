@@ -18,9 +18,7 @@ BAD_ROW_POLICIES = ("auto", "fail", "drop")
 LOSS_TYPES = ("sigmoid", "sigmoid_norm", "robust", "hinge", "ipo")
 SMOOTHED_LOSS_TYPES = ("sigmoid", "sigmoid_norm", "robust")
 REFERENCES = ("auto", "live", "offload", "cache", "adapter")
-LR_SCHEDULER_TYPES = (
-    "minimind", "cosine", "cosine_with_min_lr", "linear", "constant", "constant_with_warmup",
-)
+LR_SCHEDULER_TYPES = ("minimind", "cosine", "cosine_with_min_lr", "linear", "constant", "constant_with_warmup")
 TRACKERS = ("none", "wandb")
 
 
@@ -42,21 +40,27 @@ class TrainConfig:
     num_attention_heads: int | None = _option(None, "query heads of MiniMind raw weights (default 8)")
     trust_remote_code: bool = _option(False, "run code that comes with a hub model")
     attn_implementation: str = _option(
-        "pairs", "pairs: packed shared-prefix batches; sdpa, eager, ...: one padded row a side")
+        "pairs", "pairs: packed shared-prefix batches; sdpa, eager, ...: one padded row a side"
+    )
     gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass")
     lora_r: int | None = _option(None, "rank of LoRA matrices; without it every weight is trained")
     lora_alpha: float = _option(16, "LoRA's product is scaled by lora_alpha / lora_r")
     lora_dropout: float = _option(0.0, "dropout before LoRA's matrices")
-    lora_target_modules: list[str] = field(default_factory=list, metadata={
-        "help": "ends of the names of the adapted layers (default: all linear layers but the output)"})
+    lora_target_modules: list[str] = field(
+        default_factory=list,
+        metadata={"help": "ends of the names of the adapted layers (default: all linear layers but the output)"},
+    )
 
-    train_data: list[str] = field(default_factory=list, metadata={
-        "help": "preference pairs: .jsonl/.json/.parquet files or globs, a datasets directory, or a hub id"})
+    train_data: list[str] = field(
+        default_factory=list,
+        metadata={"help": "preference pairs: .jsonl/.json/.parquet files or globs, a datasets directory, or a hub id"},
+    )
     eval_data: list[str] = field(default_factory=list, metadata={"help": "held-out pairs, in the same forms"})
     max_length: int = _option(1024, "tokens a side, truncated on the right")
     completion_mask: str = _option("all_assistant", "tokens that count: " + " | ".join(COMPLETION_MASKS))
     on_bad_row: str = _option(
-        "auto", "auto: malformed rows fail, pairs without signal are dropped and counted; fail | drop: both")
+        "auto", "auto: malformed rows fail, pairs without signal are dropped and counted; fail | drop: both"
+    )
     shuffle: bool = _option(True, "a new order each epoch; false keeps file order")
 
     loss_type: str = _option("sigmoid_norm", " | ".join(LOSS_TYPES))
@@ -83,7 +87,8 @@ class TrainConfig:
     report_to: str = _option("none", " | ".join(TRACKERS))
     run_name: str | None = _option(None, "name of the run in the tracker")
     dataloader_num_workers: int | None = _option(
-        None, "processes that lay out batches ahead; by default none on a CPU, 2 beside a GPU")
+        None, "processes that lay out batches ahead; by default none on a CPU, 2 beside a GPU"
+    )
     ddp_timeout: int = _option(1800, "seconds that a rank waits for another before the run fails")
     seed: int = _option(42, "seed of the order and of dropout")
 
@@ -94,14 +99,38 @@ class TrainConfig:
 
 
 _FIELDS = {f.name: f for f in fields(TrainConfig)}
-_POSITIVE = ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "beta",
-             "logging_steps", "num_train_epochs", "eval_steps", "num_attention_heads", "lora_r", "lora_alpha",
-             "ddp_timeout")
-_NOT_NEGATIVE = ("weight_decay", "max_grad_norm", "save_steps", "save_total_limit", "warmup_ratio", "seed",
-                 "label_smoothing", "lora_dropout", "dataloader_num_workers")
+_POSITIVE = (
+    "max_length",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "beta",
+    "logging_steps",
+    "num_train_epochs",
+    "eval_steps",
+    "num_attention_heads",
+    "lora_r",
+    "lora_alpha",
+    "ddp_timeout",
+)
+_NOT_NEGATIVE = (
+    "weight_decay",
+    "max_grad_norm",
+    "save_steps",
+    "save_total_limit",
+    "warmup_ratio",
+    "seed",
+    "label_smoothing",
+    "lora_dropout",
+    "dataloader_num_workers",
+)
 _CHOICES = {
-    "completion_mask": COMPLETION_MASKS, "on_bad_row": BAD_ROW_POLICIES, "loss_type": LOSS_TYPES,
-    "reference": REFERENCES, "lr_scheduler_type": LR_SCHEDULER_TYPES, "report_to": TRACKERS,
+    "completion_mask": COMPLETION_MASKS,
+    "on_bad_row": BAD_ROW_POLICIES,
+    "loss_type": LOSS_TYPES,
+    "reference": REFERENCES,
+    "lr_scheduler_type": LR_SCHEDULER_TYPES,
+    "report_to": TRACKERS,
 }
 
 
@@ -116,8 +145,9 @@ def load_config(argv: list[str], verb: str = "train") -> TrainConfig:
     parser = _parser(verb)
     known, unknown = parser.parse_known_args(argv)
     flags = {k: v for k, v in vars(known).items() if v is not None}
-    problems = [f"{flag.split('=')[0]}: {_nearest(flag.lstrip('-').split('=')[0])}"
-                for flag in unknown if flag.startswith("--")]
+    problems = [
+        f"{flag.split('=')[0]}: {_nearest(flag.lstrip('-').split('=')[0])}" for flag in unknown if flag.startswith("--")
+    ]
     if not problems and unknown:
         problems.append(f"{unknown[0]!r}: not a flag (flags are written --name value)")
     values: dict[str, Any] = {}
@@ -155,14 +185,23 @@ def save_config(config: TrainConfig, path: Path) -> None:
 
 def _parser(verb: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=f"minimind-dpo {verb}", usage=f"minimind-dpo {verb} [--config FILE] [--KEY VALUE ...]", allow_abbrev=False,
-        description={"train": "Train a causal language model on preference pairs with DPO.",
-                     "precompute": "Fill the reference cache for a training run; its flags."}[verb])
+        prog=f"minimind-dpo {verb}",
+        usage=f"minimind-dpo {verb} [--config FILE] [--KEY VALUE ...]",
+        allow_abbrev=False,
+        description={
+            "train": "Train a causal language model on preference pairs with DPO.",
+            "precompute": "Fill the reference cache for a training run; its flags.",
+        }[verb],
+    )
     parser.add_argument("--config", nargs=1, metavar="FILE", help="yaml file with the keys below")
     for f in fields(TrainConfig):
         default = "" if f.default in (None, "", dataclasses.MISSING) else f" (default: {_plain(f.default)})"
-        parser.add_argument(f"--{f.name}", nargs="+" if _kind(f.name) == "list" else 1, metavar=_kind(f.name).upper(),
-                            help=(f.metadata["help"] + default).replace("%", "%%"))
+        parser.add_argument(
+            f"--{f.name}",
+            nargs="+" if _kind(f.name) == "list" else 1,
+            metavar=_kind(f.name).upper(),
+            help=(f.metadata["help"] + default).replace("%", "%%"),
+        )
     return parser
 
 
@@ -250,8 +289,10 @@ def _check(config: TrainConfig, skip: set[str]) -> list[str]:
     if "label_smoothing" in given and config.label_smoothing >= 0.5:
         problems.append(f"label_smoothing: must be below 0.5, is {config.label_smoothing}")
     if config.label_smoothing and config.loss_type in set(LOSS_TYPES) - set(SMOOTHED_LOSS_TYPES):
-        problems.append(f"label_smoothing: has no meaning for loss_type {config.loss_type}; "
-                        f"use one of {', '.join(SMOOTHED_LOSS_TYPES)} or remove it")
+        problems.append(
+            f"label_smoothing: has no meaning for loss_type {config.loss_type}; "
+            f"use one of {', '.join(SMOOTHED_LOSS_TYPES)} or remove it"
+        )
     if "lora_dropout" in given and config.lora_dropout >= 1:
         problems.append(f"lora_dropout: must be below 1, is {config.lora_dropout}")
     if config.reference == "adapter" and config.lora_r is None and "lora_r" not in skip:

@@ -58,8 +58,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             os.environ["ACCELERATE_USE_CPU"] = "true"
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not on_cpu and local_ranks > torch.accelerator.device_count():
-        raise UserError(f"the launcher starts {local_ranks} processes on this machine, which has "
-                        f"{torch.accelerator.device_count()} GPU(s): add --num_processes to `accelerate launch`")
+        raise UserError(
+            f"the launcher starts {local_ranks} processes on this machine, which has "
+            f"{torch.accelerator.device_count()} GPU(s): add --num_processes to `accelerate launch`"
+        )
     trackers = None if config.report_to == "none" else config.report_to
     try:
         accelerator = Accelerator(kwargs_handlers=[group], log_with=trackers, project_dir=config.output_dir)
@@ -74,8 +76,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         _check_deepspeed(plugin.deepspeed_config, config)
         # said in the training configuration; the loop itself counts micro-batches
         plugin.deepspeed_config |= {
-            "train_micro_batch_size_per_gpu": config.per_device_train_batch_size, "gradient_accumulation_steps": 1,
-            "gradient_clipping": config.max_grad_norm}
+            "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": config.max_grad_norm,
+        }
     return accelerator
 
 
@@ -102,8 +106,10 @@ def _check_deepspeed(settings: dict[str, Any], config: TrainConfig) -> None:
         said, ours = settings.get(key, "auto"), getattr(config, names, None)
         # accelerate itself fills in an accumulation of 1 where the file is silent
         if said not in ("auto", ours) and (key, said) != ("gradient_accumulation_steps", 1):
-            problems.append(f"{key}: {said if ours is not None else 'is set'}, but the training configuration decides "
-                            f"this: {names}" + ("" if ours is None else f" is {ours}") + ". Remove it from this file")
+            problems.append(
+                f"{key}: {said if ours is not None else 'is set'}, but the training configuration decides "
+                f"this: {names}" + ("" if ours is None else f" is {ours}") + ". Remove it from this file"
+            )
     zero_settings = settings["zero_optimization"]
     for part in ("offload_optimizer", "offload_param"):
         if zero_settings.get(part, {}).get("device") == "nvme":
@@ -197,9 +203,7 @@ def backward(accelerator: Accelerator, loss: Tensor, last: bool) -> None:
         engine.backward(loss)
 
 
-def apply_gradients(
-    accelerator: Accelerator, model: nn.Module, optimizer: Any, max_grad_norm: float
-) -> Tensor:
+def apply_gradients(accelerator: Accelerator, model: nn.Module, optimizer: Any, max_grad_norm: float) -> Tensor:
     """Clip the accumulated gradients to a norm of `max_grad_norm` (0: leave them) and take the optimizer's step.
 
     Nothing here waits for the device.
@@ -234,7 +238,15 @@ def can_skip_steps(accelerator: Accelerator) -> bool:
 def trained_state(accelerator: Accelerator, scorer: nn.Module, optimizer: Any) -> TrainedState:
     """The trained parameters and the optimizer's state, as far as this rank holds them."""
     engine = _deepspeed(accelerator)
-    named = [(name.removeprefix("model."), parameter) for name, parameter in unwrap(scorer).named_parameters()
-             if parameter.requires_grad]
-    return TrainedState(engine.optimizer if engine is not None else optimizer.optimizer, named, accelerator.scaler,
-                        accelerator.process_index, accelerator.num_processes)
+    named = [
+        (name.removeprefix("model."), parameter)
+        for name, parameter in unwrap(scorer).named_parameters()
+        if parameter.requires_grad
+    ]
+    return TrainedState(
+        engine.optimizer if engine is not None else optimizer.optimizer,
+        named,
+        accelerator.scaler,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )

@@ -30,16 +30,32 @@ def score_batch(
     scores = scorer(batch)
     policy_logps = sum_per_side(scores.per_token_logps, batch)
     losses = batch.weights * dpo_losses(
-        *policy_logps, *ref_logps, chosen_tokens=batch.chosen_tokens, rejected_tokens=batch.rejected_tokens,
-        loss_type=config.loss_type, beta=config.beta, label_smoothing=config.label_smoothing)
-    sums = pair_sums(batch, losses=losses, aux_losses=scores.aux_losses, policy_logps=policy_logps,
-                     ref_logps=ref_logps, beta=config.beta)
+        *policy_logps,
+        *ref_logps,
+        chosen_tokens=batch.chosen_tokens,
+        rejected_tokens=batch.rejected_tokens,
+        loss_type=config.loss_type,
+        beta=config.beta,
+        label_smoothing=config.label_smoothing,
+    )
+    sums = pair_sums(
+        batch,
+        losses=losses,
+        aux_losses=scores.aux_losses,
+        policy_logps=policy_logps,
+        ref_logps=ref_logps,
+        beta=config.beta,
+    )
     return losses, scores.aux_losses, sums
 
 
 @torch.no_grad()
 def evaluate(
-    accelerator: Accelerator, scorer: nn.Module, reference: Reference, data: TokenizedData, layout: PairLayout,
+    accelerator: Accelerator,
+    scorer: nn.Module,
+    reference: Reference,
+    data: TokenizedData,
+    layout: PairLayout,
     config: TrainConfig,
 ) -> dict[str, float]:
     """Score every pair of `data` once and return its metrics under `eval_` names; every rank must call it."""
@@ -52,7 +68,8 @@ def evaluate(
     for step in range(1, order.steps_per_epoch + 1):
         pairs = order.step_pairs(step)
         for micro_batch in split_step(
-                pairs, data.tokens[pairs], world_size=world_size, rank=rank, micro_batch_size=size):
+            pairs, data.tokens[pairs], world_size=world_size, rank=rank, micro_batch_size=size
+        ):
             batch = layout([data.dataset[pair] for pair in micro_batch.pairs]).to(accelerator.device)
             *_, batch_sums = score_batch(scorer, reference, batch, config)
             sums += batch_sums * micro_batch.counted

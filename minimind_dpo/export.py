@@ -140,9 +140,7 @@ def minimind_layout(model: PreTrainedModel, source: str) -> WeightLayout:
 
 def _export_minimind(model: PreTrainedModel, source: str, target: Path, dtype: torch.dtype) -> Path:
     """Write one file of contiguous, separate tensors under MiniMind's keys."""
-    state = {
-        key: tensor.to(dtype, copy=True).contiguous() for key, tensor in minimind_view(model.state_dict()).items()
-    }
+    state = {key: tensor.to(dtype, copy=True).contiguous() for key, tensor in minimind_view(model.state_dict()).items()}
     _check_overflow(state, dtype, source)
     with _replacing(target) as temporary:
         torch.save(state, temporary)
@@ -162,9 +160,7 @@ def _export_hf(model: PreTrainedModel, source: str, target: Path, dtype: torch.d
     return target
 
 
-def _export_checkpoint(
-    checkpoint: Path, target: Path, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES
-) -> Path:
+def _export_checkpoint(checkpoint: Path, target: Path, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES) -> Path:
     """Put the fragments of a checkpoint together, a file at a time: the whole model is never in memory."""
     reader = FragmentReader(checkpoint)
     with torch.device("meta"):
@@ -239,9 +235,7 @@ def run_export(argv: list[str]) -> int:
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: the source's for hf, float16 for minimind")
     parser.add_argument("--num_attention_heads", type=int, help=f"generation-2 .pth only (default {DEFAULT_HEADS})")
     options = parser.parse_args(argv)
-    written = export_model(
-        options.model, options.format, options.output, options.dtype, options.num_attention_heads
-    )
+    written = export_model(options.model, options.format, options.output, options.dtype, options.num_attention_heads)
     print(f"wrote {written}")
     if options.format == "hf" and not (written / "tokenizer_config.json").is_file():
         print("no tokenizer beside the source: copy the model's tokenizer files into the directory")

@@ -72,8 +72,12 @@ class TrainedState:
                 continue
             flat, offset, start, length = part
             states = {"weight": flat.data} | _moments(self._adamw, flat)
-            yield Fragment(name, zero.full_shape(parameter), start, {
-                kind: state.view(-1).narrow(0, offset, length) for kind, state in states.items()})
+            yield Fragment(
+                name,
+                zero.full_shape(parameter),
+                start,
+                {kind: state.view(-1).narrow(0, offset, length) for kind, state in states.items()},
+            )
 
     def own(self) -> Iterator[Fragment]:
         """`held` without repetition between ranks: where all of them hold everything, they divide it evenly."""
@@ -88,8 +92,15 @@ class TrainedState:
     def numbers(self) -> dict[str, Any]:
         """What is not of the parameters' size: AdamW's step count and fp16's loss scale."""
         steps = [float(state["step"]) for state in self._adamw.state.values()]
-        scaler = self.scaler.state_dict() if self.scaler is not None else {
-            name: value for name, value in zero.loss_scaler(self.optimizer).items() if isinstance(value, (int, float))}
+        scaler = (
+            self.scaler.state_dict()
+            if self.scaler is not None
+            else {
+                name: value
+                for name, value in zero.loss_scaler(self.optimizer).items()
+                if isinstance(value, (int, float))
+            }
+        )
         return {"optimizer_step": max(steps, default=0.0), "loss_scaler": scaler}
 
     def restore_numbers(self, numbers: dict[str, Any]) -> None:

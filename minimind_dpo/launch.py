@@ -24,8 +24,12 @@ from minimind_dpo.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE
 
 # what arrives here -> what the workers get. A terminal's Ctrl-C reaches them without our help, and a second SIGINT
 # would interrupt them in the middle of a step, so it is passed on under another number.
-_PASSED_ON = {signal.SIGTERM: signal.SIGTERM, signal.SIGHUP: signal.SIGTERM, signal.SIGINT: signal.SIGTERM,
-              signal.SIGUSR1: signal.SIGUSR1}
+_PASSED_ON = {
+    signal.SIGTERM: signal.SIGTERM,
+    signal.SIGHUP: signal.SIGTERM,
+    signal.SIGINT: signal.SIGTERM,
+    signal.SIGUSR1: signal.SIGUSR1,
+}
 
 
 def main(argv: list[str]) -> int:

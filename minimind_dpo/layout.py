@@ -65,7 +65,10 @@ _TORCH = str(Path(torch.__file__).parent)
 
 @torch.no_grad()
 def choose_layout(
-    scorer: PairScorer, attn_implementation: str, device: torch.device, autocast: Autocast = nullcontext,
+    scorer: PairScorer,
+    attn_implementation: str,
+    device: torch.device,
+    autocast: Autocast = nullcontext,
     agree: Agree = lambda answer: answer,
 ) -> PairLayout:
     """Decide between the packed and the plain layout, and set the model's attention accordingly. Collective.
@@ -93,15 +96,22 @@ def choose_layout(
         if problem is None:
             return PACKED
         model.set_attn_implementation(original)
-    logger.warning("%s cannot attend over packed pairs (%s): each side gets a padded row of its own",
-                   type(model).__name__, problem)
+    logger.warning(
+        "%s cannot attend over packed pairs (%s): each side gets a padded row of its own", type(model).__name__, problem
+    )
     return PLAIN
 
 
 @torch.no_grad()
 def adopt_layout(
-    scorer: PairScorer, policy: PairScorer, layout: PairLayout, device: torch.device, autocast: Autocast = nullcontext,
-    agree: Agree = lambda answer: answer, *, named: bool,
+    scorer: PairScorer,
+    policy: PairScorer,
+    layout: PairLayout,
+    device: torch.device,
+    autocast: Autocast = nullcontext,
+    agree: Agree = lambda answer: answer,
+    *,
+    named: bool,
 ) -> None:
     """Have a reference score batches of the policy's layout. Collective.
 
@@ -129,8 +139,10 @@ def adopt_layout(
         scorer.fast = agree(_problem(scorer, PLAIN, expected)) is None
         problem = agree(_packing_problem(scorer, expected)) if layout is PACKED else None
     if problem is not None:
-        raise UserError(f"ref_model_name_or_path: {type(scorer.model).__name__} cannot attend over packed pairs as the "
-                        f"policy does ({problem}); set attn_implementation: sdpa")
+        raise UserError(
+            f"ref_model_name_or_path: {type(scorer.model).__name__} cannot attend over packed pairs as the "
+            f"policy does ({problem}); set attn_implementation: sdpa"
+        )
 
 
 @contextmanager

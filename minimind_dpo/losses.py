@@ -24,8 +24,13 @@ def preference_logits(
 
 
 def sigmoid_loss(
-    policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, ref_chosen_logps: Tensor, ref_rejected_logps: Tensor,
-    *, beta: float, label_smoothing: float = 0.0,
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """-log sigmoid(beta logits), equation 7 of DPO; smoothed as in cDPO (Mitchell 2023) when labels may be flipped.
 
@@ -39,8 +44,13 @@ def sigmoid_loss(
 
 
 def robust_loss(
-    policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, ref_chosen_logps: Tensor, ref_rejected_logps: Tensor,
-    *, beta: float, label_smoothing: float = 0.0,
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """The unbiased loss under flipped labels, equation 14 of Robust DPO (arXiv:2403.00409).
 
@@ -53,8 +63,13 @@ def robust_loss(
 
 
 def hinge_loss(
-    policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, ref_chosen_logps: Tensor, ref_rejected_logps: Tensor,
-    *, beta: float, label_smoothing: float = 0.0,
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """max(0, 1 - beta logits): SLiC's ranking loss (arXiv:2305.10425) as in RSO (arXiv:2309.06657, equation 11)."""
     logits = preference_logits(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
@@ -62,8 +77,13 @@ def hinge_loss(
 
 
 def ipo_loss(
-    policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, ref_chosen_logps: Tensor, ref_rejected_logps: Tensor,
-    *, beta: float, label_smoothing: float = 0.0,
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """(logits - 1 / (2 beta))^2, equation 17 of IPO (arXiv:2310.12036); beta is the paper's tau.
 
@@ -120,8 +140,14 @@ def dpo_losses(
         policy_chosen_logps, ref_chosen_logps = policy_chosen_logps / chosen_tokens, ref_chosen_logps / chosen_tokens
         policy_rejected_logps = policy_rejected_logps / rejected_tokens
         ref_rejected_logps = ref_rejected_logps / rejected_tokens
-    return loss.function(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps,
-                         beta=beta, label_smoothing=label_smoothing)
+    return loss.function(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        ref_chosen_logps,
+        ref_rejected_logps,
+        beta=beta,
+        label_smoothing=label_smoothing,
+    )
 
 
 def implicit_rewards(policy_logps: Tensor, ref_logps: Tensor, *, beta: float) -> Tensor:

@@ -131,14 +131,18 @@ def model_states(shape: ModelShape, setup: Setup) -> list[Part]:
         states += [part("weights", (element * size for size in frozen)), part("weights", [element * trained])]
         if setup.offload != "none":  # the fp32 gradient, a 16-bit copy on its way back, and one gradient each way
             largest = element * max(shape.trained)
-            states += [part("gradients", [4 * share], on_host=optimizer_there),
-                       part("communication", [element * share, largest], on_host=optimizer_there),
-                       part("communication", [largest])]
+            states += [
+                part("gradients", [4 * share], on_host=optimizer_there),
+                part("communication", [element * share, largest], on_host=optimizer_there),
+                part("communication", [largest]),
+            ]
         return states
-    states += [part("weights", (element * size / setup.world for size in frozen), on_host=weights_there),
-               part("weights", [element * share], on_host=weights_there),
-               part("gradients", [element * share], on_host=optimizer_there),
-               part("communication", [element * bucket_elements(trained, setup)])]
+    states += [
+        part("weights", (element * size / setup.world for size in frozen), on_host=weights_there),
+        part("weights", [element * share], on_host=weights_there),
+        part("gradients", [element * share], on_host=optimizer_there),
+        part("communication", [element * bucket_elements(trained, setup)]),
+    ]
     if setup.offload != "none":
         states.append(part("gradients", [4 * share], on_host=optimizer_there))
     return states

@@ -21,8 +21,18 @@ from minimind_dpo.planning_memory import (
 )
 from minimind_dpo.planning_shape import ModelShape
 
-PARTS = ("process", "weights", "gradients", "optimizer", "reference", "activations", "softmax", "logits head",
-         "communication", "allocator")
+PARTS = (
+    "process",
+    "weights",
+    "gradients",
+    "optimizer",
+    "reference",
+    "activations",
+    "softmax",
+    "logits head",
+    "communication",
+    "allocator",
+)
 
 # Measured on models of 26M to 135M parameters (docs/planning.md). In the first step the activations fill the heap
 # without holes; then moments, gradients or buckets of other sizes settle in what is freed, and of the second step's
@@ -121,6 +131,7 @@ def _sums(parts: Iterable[Part]) -> dict[str, float]:
 
 def _peak(alive: dict[str, list[Part]], on_host: bool, process: float) -> Memory:
     """The largest phase, counting what is alive: what torch's CUDA allocator reports as allocated."""
+
     def size(phase: str) -> float:
         return sum(item.bytes for item in alive[phase] if item.on_host == on_host)
 

@@ -129,12 +129,20 @@ def shape_of(model: PreTrainedModel, stored: int = 4, lora_r: int | None = None)
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 0
     dense = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
     return ModelShape(
-        parameters=parameters, adapters=adapters,
-        layers=config.num_hidden_layers, hidden=config.hidden_size, heads=heads, query=heads * head_dim,
+        parameters=parameters,
+        adapters=adapters,
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=heads,
+        query=heads * head_dim,
         key_value=(getattr(config, "num_key_value_heads", None) or heads) * head_dim,
         intermediate=(getattr(config, "moe_intermediate_size", None) or dense) if experts else dense,
         dense_blocks=(getattr(config, "num_shared_experts", None) or 0) if experts else 1,
         routed=config.num_experts_per_tok if experts else 0,
         gated=any("gate_proj" in name or "gate_up_proj" in name for name in names),
-        normed_heads=any("q_norm" in name for name in names), fused=fuse(model),
-        vocab=config.vocab_size, stored=stored, lora_r=lora_r or 0)
+        normed_heads=any("q_norm" in name for name in names),
+        fused=fuse(model),
+        vocab=config.vocab_size,
+        stored=stored,
+        lora_r=lora_r or 0,
+    )

@@ -40,8 +40,10 @@ def run(config: TrainConfig, last_act: bool = False) -> int:
         UserError: a mistake in the configuration, the data or the files named.
     """
     if config.reference not in ("auto", "cache"):
-        raise UserError(f"reference: a run with {config.reference} reads no cache, so there is nothing to compute "
-                        "beforehand; set it to cache, here and in train")
+        raise UserError(
+            f"reference: a run with {config.reference} reads no cache, so there is nothing to compute "
+            "beforehand; set it to cache, here and in train"
+        )
     return in_session(config, lambda accelerator, stop: _precompute(config, accelerator, stop), last_act)
 
 
@@ -54,8 +56,7 @@ def _precompute(config: TrainConfig, accelerator: Accelerator, stop: StopRequest
     stop.listen()
     digest = reference_digest(model, scoring_dtype(accelerator))
     scorer = freeze(accelerator, PairScorer(model), offload=False)
-    layout = choose_layout(
-        unwrap(scorer), config.attn_implementation, accelerator.device, accelerator.autocast, decide)
+    layout = choose_layout(unwrap(scorer), config.attn_implementation, accelerator.device, accelerator.autocast, decide)
     cache = make_cache(config, accelerator, digest, layout)
     begin = time.perf_counter()
     scored = fill_cache(accelerator, cache, scorer, layout, needed, stop.__bool__)
@@ -63,8 +64,10 @@ def _precompute(config: TrainConfig, accelerator: Accelerator, stop: StopRequest
     release(scorer)
     if accelerator.is_main_process:
         pairs = sum(len(part.positions) for part in needed)
-        print(f"{pairs} pairs: {scored} scored ({scored / seconds:.1f} pairs/s), {pairs - scored} found\n"
-              f"in {cache.directory}")
+        print(
+            f"{pairs} pairs: {scored} scored ({scored / seconds:.1f} pairs/s), {pairs - scored} found\n"
+            f"in {cache.directory}"
+        )
     if switches_adapters_off(config):
         logger.info("with LoRA, train reads it if told --reference cache; by default it switches the matrices off")
 

@@ -90,8 +90,11 @@ def leave_together(error: Exception) -> int:
     if first:
         report(error)
     else:
-        print(f"minimind-dpo: rank {os.environ.get('RANK')} leaves: another rank failed first",
-              file=sys.stderr, flush=True)
+        print(
+            f"minimind-dpo: rank {os.environ.get('RANK')} leaves: another rank failed first",
+            file=sys.stderr,
+            flush=True,
+        )
     timer = threading.Timer(_LEAVING_SECONDS, os._exit, [code_of(error)])
     timer.daemon = True
     timer.start()

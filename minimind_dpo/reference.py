@@ -108,7 +108,8 @@ class CachedReference:
             raise UserError(
                 f"reference cache: {self.cache.directory} lacks pair {error}, although it was filled. Start again: it "
                 "will be computed. If that does not help: on several nodes MINIMIND_DPO_CACHE must name a directory "
-                "that all of them share") from None
+                "that all of them share"
+            ) from None
         return torch.from_numpy(logps).to(batch.input_ids.device)
 
 
@@ -127,8 +128,9 @@ class CacheFiller:
         together: a forward pass needs all ranks; those with nothing left to score then repeat a batch.
     """
 
-    def __init__(self, cache: ReferenceCache, scorer: nn.Module, layout: PairLayout, accelerator: Accelerator,
-                 together: bool):
+    def __init__(
+        self, cache: ReferenceCache, scorer: nn.Module, layout: PairLayout, accelerator: Accelerator, together: bool
+    ):
         self.cache, self.scorer, self.layout = cache, scorer, layout
         self.accelerator, self.together = accelerator, together
 
@@ -149,8 +151,13 @@ class CacheFiller:
         world_size, rank = self.accelerator.num_processes, self.accelerator.process_index
         self.cache.open(on_main(self.accelerator, self.cache.merge))
         scored = merged = 0
-        rounds = tqdm(range(0, needed.chunks(), world_size), desc="reference log-probabilities", unit="chunk",
-                      unit_scale=world_size, disable=not self.accelerator.is_main_process)
+        rounds = tqdm(
+            range(0, needed.chunks(), world_size),
+            desc="reference log-probabilities",
+            unit="chunk",
+            unit_scale=world_size,
+            disable=not self.accelerator.is_main_process,
+        )
         for first in rounds:
             if self._most(stop()):  # also keeps the ranks in step, so that none waits longer than a chunk takes
                 raise StoppedEarly("while computing reference log-probabilities")

@@ -181,8 +181,12 @@ class ReferenceCache:
                 wrong = [f"complete/{path.name} ({error!r})"]
             if not wrong:
                 return list(segments)
-            logger.warning("reference cache: %s in %s is missing or damaged: every pair is looked up, and computed "
-                           "again where need be", wrong[0], self.directory)
+            logger.warning(
+                "reference cache: %s in %s is missing or damaged: every pair is looked up, and computed "
+                "again where need be",
+                wrong[0],
+                self.directory,
+            )
         return None
 
     def unmark(self) -> None:
@@ -211,10 +215,15 @@ class ReferenceCache:
         order = _unique(keys, logps)
         offsets = np.cumsum([0, *(len(logps[row]) for row in order)], dtype=np.int32)
         values = np.concatenate([logps[row] for row in order]).astype(np.float32)
-        columns = [pa.Array.from_buffers(pa.binary(16), len(order), [None, pa.py_buffer(keys[order].tobytes())]),
-                   pa.ListArray.from_arrays(offsets, values)]
-        with self._aside(self.directory / name) as partial, pa.OSFile(str(partial), "wb") as sink, \
-                pa.ipc.new_file(sink, _SCHEMA) as writer:
+        columns = [
+            pa.Array.from_buffers(pa.binary(16), len(order), [None, pa.py_buffer(keys[order].tobytes())]),
+            pa.ListArray.from_arrays(offsets, values),
+        ]
+        with (
+            self._aside(self.directory / name) as partial,
+            pa.OSFile(str(partial), "wb") as sink,
+            pa.ipc.new_file(sink, _SCHEMA) as writer,
+        ):
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
 
     @contextmanager

@@ -25,7 +25,12 @@ from minimind_dpo.errors import UserError
 Series = tuple[list[float], list[float]]  # optimizer steps, values
 
 EVAL_ORDER = [
-    "logps/accuracies", "loss", "dpo_loss", "rewards/accuracies", "rewards/margins", "rewards/chosen",
+    "logps/accuracies",
+    "loss",
+    "dpo_loss",
+    "rewards/accuracies",
+    "rewards/margins",
+    "rewards/chosen",
     "rewards/rejected",
 ]
 BLUE, ORANGE, GREEN, GREY = "#3b82f6", "#f97316", "#1f9d62", "#8b8f98"  # readable on white and on black

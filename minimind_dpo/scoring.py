@@ -62,14 +62,19 @@ class PairScorer(nn.Module):
             self._wanted.positions = None
             output = self.model(**inputs, logits_to_keep=_kept(batch))
             logps = -F.cross_entropy(output.logits.flatten(0, -2).float(), batch.target_ids, reduction="none")
-        return PairScores(logps[batch.token_index],
-                          self._aux_losses(output, batch) if wants_router else logps.new_zeros(len(batch)))
+        return PairScores(
+            logps[batch.token_index], self._aux_losses(output, batch) if wants_router else logps.new_zeros(len(batch))
+        )
 
     def _aux_losses(self, output: Any, batch: PairBatch) -> Tensor:
         assert self.router is not None
         sequence_losses = router_aux_loss(
-            output.router_logits, batch.sequences, kind=self.router.kind, top_k=self.router.top_k,
-            coefficient=self.router.coefficient)
+            output.router_logits,
+            batch.sequences,
+            kind=self.router.kind,
+            top_k=self.router.top_k,
+            coefficient=self.router.coefficient,
+        )
         return sequence_losses.view(-1, 2).mean(dim=1)
 
 

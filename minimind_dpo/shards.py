@@ -90,7 +90,8 @@ class FragmentReader:
             if first < last:
                 with safe_open(piece.path, framework="pt") as file:
                     values[first - start : last - start] = file.get_slice(piece.key)[
-                        first - piece.start : last - piece.start]
+                        first - piece.start : last - piece.start
+                    ]
                 missing -= last - first
         if missing:
             raise KeyError(f"{kind} of {name}: {missing} of {length} values are not in the checkpoint")

@@ -89,11 +89,16 @@ def frozen_config(policy_config: dict[str, Any], offload: bool) -> dict[str, Any
     """
     zero: dict[str, Any] = {"stage": 3}
     if offload:
-        zero |= {"offload_param": {"device": "cpu", "pin_memory": torch.accelerator.is_available()},
-                 "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0,
-                 "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
+        zero |= {
+            "offload_param": {"device": "cpu", "pin_memory": torch.accelerator.is_available()},
+            "stage3_param_persistence_threshold": 0,
+            "stage3_prefetch_bucket_size": 0,
+            "stage3_max_reuse_distance": 0,
+            "stage3_max_live_parameters": 0,
+        }
     return {"train_micro_batch_size_per_gpu": 1, "steps_per_print": float("inf"), "zero_optimization": zero} | {
-        name: {"enabled": policy_config[name]["enabled"]} for name in ("bf16", "fp16") if name in policy_config}
+        name: {"enabled": policy_config[name]["enabled"]} for name in ("bf16", "fp16") if name in policy_config
+    }
 
 
 @contextmanager

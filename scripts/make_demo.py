@@ -105,12 +105,7 @@ def collate(rows: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
 
 
 def sft(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    steps: int,
-    batch: int,
-    learning_rate: float,
-    seed: int,
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, batch: int, learning_rate: float, seed: int
 ) -> None:
     """Plain supervised fine-tuning from random weights, every conversation seen once."""
     decay = [p for p in model.parameters() if p.ndim > 1]
@@ -121,9 +116,7 @@ def sft(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda k: (
-            (k + 1) / warmup
-            if k < warmup
-            else 0.02 + 0.49 * (1 + math.cos(math.pi * (k - warmup) / (steps - warmup)))
+            (k + 1) / warmup if k < warmup else 0.02 + 0.49 * (1 + math.cos(math.pi * (k - warmup) / (steps - warmup)))
         ),
     )
     stream = task.conversations(seed)
@@ -141,16 +134,13 @@ def sft(
         if step % 100 == 0 or step == 1:
             seconds = time.monotonic() - started
             print(
-                f"step {step:5d}  loss {loss.item():.4f}  {seconds:.0f} s  {score(model, tokenizer, probe)}",
-                flush=True,
+                f"step {step:5d}  loss {loss.item():.4f}  {seconds:.0f} s  {score(model, tokenizer, probe)}", flush=True
             )
 
 
 def score(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> str:
     """Shares of greedy replies with the right content, the right manner, and both."""
-    found = [
-        task.verdict(p, r) for p, r in zip(prompts, generate_replies(model, tokenizer, prompts), strict=True)
-    ]
+    found = [task.verdict(p, r) for p, r in zip(prompts, generate_replies(model, tokenizer, prompts), strict=True)]
     kinds = [task.read_prompt(prompt)[1] for prompt in prompts]
     by_kind = {
         name: sum(v.content for v, kind in zip(found, kinds, strict=True) if kind == name) / kinds.count(name)
@@ -177,9 +167,7 @@ def write_rows(rows: list[dict[str, list]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path(__file__).parent.parent / "minimind_dpo/demo/assets"
-    )
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent.parent / "minimind_dpo/demo/assets")
     parser.add_argument("--hidden_size", type=int, default=192)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab_size", type=int, default=1024)
@@ -191,16 +179,9 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(options.seed)
     out: Path = options.output_dir
-    texts = (
-        m["content"] for talk in itertools.islice(task.conversations(options.seed), 20_000) for m in talk
-    )
-    roles = [
-        "user\n",
-        "assistant\n",
-    ] * 20_000  # the words of the chat template, so that they become tokens too
-    tokenizer = save_tokenizer(
-        train_tokenizer(itertools.chain(texts, roles), options.vocab_size), out / "tokenizer"
-    )
+    texts = (m["content"] for talk in itertools.islice(task.conversations(options.seed), 20_000) for m in talk)
+    roles = ["user\n", "assistant\n"] * 20_000  # the words of the chat template, so that they become tokens too
+    tokenizer = save_tokenizer(train_tokenizer(itertools.chain(texts, roles), options.vocab_size), out / "tokenizer")
     model = build_model(len(tokenizer), options.hidden_size, options.layers)
     print(f"{len(tokenizer)} tokens, {model.num_parameters() / 1e6:.2f} M parameters", flush=True)
     sft(model, tokenizer, options.steps, options.batch, options.learning_rate, options.seed)

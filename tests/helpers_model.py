@@ -25,11 +25,23 @@ VOCAB = 97
 def tiny_model(kind: str, seed: int = 0, **options: Any) -> PreTrainedModel:
     """A random two-layer model of a few thousand parameters, fp32; weights large enough to route unevenly."""
     torch.manual_seed(seed)
-    shape: dict[str, Any] = dict(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.2) | options
+    shape: dict[str, Any] = (
+        dict(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            initializer_range=0.2,
+        )
+        | options
+    )
     moe: dict[str, Any] = dict(
-        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, router_aux_loss_coef=0.05)
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, router_aux_loss_coef=0.05
+    )
     classes: dict[str, Any] = {
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**shape)),
         "mistral_window": lambda: MistralForCausalLM(MistralConfig(**shape, sliding_window=7)),

@@ -34,9 +34,18 @@ class Inputs:
     def flags(self, output_dir: Path, **options: Any) -> list[str]:
         """Flags of a short run that visibly moves the weights; `options` override them."""
         values: dict[str, Any] = {
-            "model_name_or_path": self.model, "train_data": self.train_data, "output_dir": output_dir,
-            "learning_rate": 1e-2, "loss_type": "sigmoid", "beta": 0.5, "logging_steps": 1, "save_steps": 0,
-            "num_train_epochs": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2} | options
+            "model_name_or_path": self.model,
+            "train_data": self.train_data,
+            "output_dir": output_dir,
+            "learning_rate": 1e-2,
+            "loss_type": "sigmoid",
+            "beta": 0.5,
+            "logging_steps": 1,
+            "save_steps": 0,
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+        } | options
         return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
@@ -44,9 +53,18 @@ def make_inputs(directory: Path) -> Inputs:
     """Write the inputs; the same bytes at every call."""
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+        )
+    )
     inputs = Inputs(directory / "model", directory / "train.jsonl", directory / "eval.jsonl")
     model.save_pretrained(inputs.model)
     tokenizer.save_pretrained(inputs.model)
@@ -64,8 +82,9 @@ def _pair(rng: random.Random) -> dict[str, Any]:
     for _ in range(rng.randint(0, 1)):
         shared += [{"role": "user", "content": words(2, 6)}, {"role": "assistant", "content": words(2, 6)}]
     shared.append({"role": "user", "content": words(2, 8)})
-    return {side: [*shared, {"role": "assistant", "content": f"{side} {words(3, 20)}"}]
-            for side in ("chosen", "rejected")}
+    return {
+        side: [*shared, {"role": "assistant", "content": f"{side} {words(3, 20)}"}] for side in ("chosen", "rejected")
+    }
 
 
 def train_here(flags: list[str]) -> int:
@@ -82,8 +101,19 @@ def command(flags: list[str], accelerate: str | None = None) -> list[str]:
         return [sys.executable, "-m", "minimind_dpo.train", *flags]
     name, *launcher_flags = accelerate.split()
     config = REPOSITORY / "configs" / "accelerate" / f"{name}.yaml"
-    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), *launcher_flags,
-            "--main_process_port", "0", "-m", "minimind_dpo.train", *flags]
+    return [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(config),
+        *launcher_flags,
+        "--main_process_port",
+        "0",
+        "-m",
+        "minimind_dpo.train",
+        *flags,
+    ]
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -93,8 +123,14 @@ def environment(**extra: str) -> dict[str, str]:
 
 def run_command(flags: list[str], accelerate: str | None = None, **extra: str) -> subprocess.CompletedProcess[str]:
     """Run the real command to its end."""
-    return subprocess.run(command(flags, accelerate), env=environment(**extra), capture_output=True, text=True,
-                          timeout=600, cwd=REPOSITORY)
+    return subprocess.run(
+        command(flags, accelerate),
+        env=environment(**extra),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=REPOSITORY,
+    )
 
 
 def weights(output_dir: Path) -> dict[str, torch.Tensor]:
@@ -111,8 +147,10 @@ def same_bits(first: Path, second: Path) -> bool:
 def relative_distance(first: Path, second: Path) -> float:
     """Norm of the difference of two runs' weights over the norm of the weights."""
     ours, theirs = weights(first), weights(second)
-    squared = [sum(float(t.double().pow(2).sum()) for t in tensors)
-               for tensors in ([ours[n] - theirs[n] for n in ours], theirs.values())]
+    squared = [
+        sum(float(t.double().pow(2).sum()) for t in tensors)
+        for tensors in ([ours[n] - theirs[n] for n in ours], theirs.values())
+    ]
     return (squared[0] / squared[1]) ** 0.5
 
 

@@ -35,8 +35,11 @@ def why_no_cluster() -> str | None:
     """Why a cluster can't be started here; None if it can."""
     if os.name != "posix" or os.geteuid() != 0:
         return "a SLURM cluster on one machine needs root"
-    missing = [program for program in ("slurmctld", "slurmd", "munged", "sbatch", "srun")
-               if shutil.which(program, path=f"{os.environ['PATH']}:{SBIN}") is None]
+    missing = [
+        program
+        for program in ("slurmctld", "slurmd", "munged", "sbatch", "srun")
+        if shutil.which(program, path=f"{os.environ['PATH']}:{SBIN}") is None
+    ]
     return f"{', '.join(missing)} missing: apt-get install slurm-wlm munge" if missing else None
 
 
@@ -61,10 +64,20 @@ class Cluster:
     def environment(self, **extra: str) -> dict[str, str]:
         """Both nodes are this machine: rendezvous and gloo use the loopback."""
         paths = [str(Path(sys.executable).parent), os.environ["PATH"], SBIN]
-        return os.environ | {
-            "SLURM_CONF": str(self.directory / "slurm.conf"), "PATH": ":".join(paths), "PYTHON": sys.executable,
-            "PYTHONPATH": f"{self._site}:{REPOSITORY}", "MAIN_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo",
-            "OMP_NUM_THREADS": "1", "LOG_DIR": str(self.directory / "jobs")} | extra
+        return (
+            os.environ
+            | {
+                "SLURM_CONF": str(self.directory / "slurm.conf"),
+                "PATH": ":".join(paths),
+                "PYTHON": sys.executable,
+                "PYTHONPATH": f"{self._site}:{REPOSITORY}",
+                "MAIN_ADDR": "127.0.0.1",
+                "GLOO_SOCKET_IFNAME": "lo",
+                "OMP_NUM_THREADS": "1",
+                "LOG_DIR": str(self.directory / "jobs"),
+            }
+            | extra
+        )
 
     def control(self, verb: str, *words: str) -> None:
         """`slurm_cluster.sh VERB`."""
@@ -78,20 +91,28 @@ class Cluster:
 
     def call(self, *command: str, **extra: str) -> str:
         """Run a SLURM command in the repository's root and return what it prints."""
-        done = subprocess.run(command, env=self.environment(**extra), capture_output=True, text=True, timeout=60,
-                              cwd=REPOSITORY)
+        done = subprocess.run(
+            command, env=self.environment(**extra), capture_output=True, text=True, timeout=60, cwd=REPOSITORY
+        )
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout
 
-    def submit(
-        self, accelerate: str, config: Path, *options: str, script: str = "train_cpu", **extra: str
-    ) -> str:
+    def submit(self, accelerate: str, config: Path, *options: str, script: str = "train_cpu", **extra: str) -> str:
         """Submit a job script on two nodes, which have no GPUs; its number."""
         without = [] if script == "train_cpu" else ["--gpus-per-node=0", "--cpus-per-task=1"]
         return self.call(
-            "sbatch", "--parsable", "--nodes=2", f"--output={self.directory}/%x-%j.log", *without, *options,
-            f"launch/slurm/{script}.sbatch", f"configs/accelerate/{accelerate}.yaml", str(config),
-            RANKS_PER_NODE="1", **extra).strip()
+            "sbatch",
+            "--parsable",
+            "--nodes=2",
+            f"--output={self.directory}/%x-%j.log",
+            *without,
+            *options,
+            f"launch/slurm/{script}.sbatch",
+            f"configs/accelerate/{accelerate}.yaml",
+            str(config),
+            RANKS_PER_NODE="1",
+            **extra,
+        ).strip()
 
     def job(self, number: str) -> Job:
         """The job as slurmctld sees it now."""

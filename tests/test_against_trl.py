@@ -15,8 +15,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 BETA = 0.2
 # what both log under the same name and definition
-COMPARED = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
-            "logps/chosen", "logps/rejected")
+COMPARED = (
+    "loss",
+    "grad_norm",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
 LOSSES = [("sigmoid", 0.0), ("sigmoid_norm", 0.0), ("hinge", 0.0), ("ipo", 0.0), ("robust", 0.1)]
 
 
@@ -30,9 +38,13 @@ def _rows() -> list[dict[str, Any]]:
     rows = []
     for turns in (1, 1, 3, 1, 1, 1):
         prompt = [{"role": ("user", "assistant")[turn % 2], "content": _words(rng, 2, 6)} for turn in range(turns)]
-        rows.append({"prompt": prompt} | {
-            side: [{"role": "assistant", "content": _words(rng, *lengths)}]
-            for side, lengths in (("chosen", (2, 20)), ("rejected", (4, 9)))})
+        rows.append(
+            {"prompt": prompt}
+            | {
+                side: [{"role": "assistant", "content": _words(rng, *lengths)}]
+                for side, lengths in (("chosen", (2, 20)), ("rejected", (4, 9)))
+            }
+        )
     return rows
 
 
@@ -40,10 +52,19 @@ def _save_model(directory: Path, seed: int) -> Path:
     """A random model, its weights large enough that the two models differ by some nats an answer."""
     tokenizer = tiny_tokenizer()
     torch.manual_seed(seed)
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.15,
-    )).save_pretrained(directory)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            initializer_range=0.15,
+        )
+    ).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
@@ -61,13 +82,29 @@ def _trl_step(models: tuple[Path, Path], output_dir: Path, loss_type: str, label
     from datasets import Dataset
 
     arguments = trl.DPOConfig(
-        output_dir=str(output_dir), loss_type=[loss_type], label_smoothing=label_smoothing, beta=BETA, max_steps=1,
-        per_device_train_batch_size=len(_rows()), learning_rate=1e-8, max_grad_norm=1e9, logging_steps=1,
-        report_to="none", save_strategy="no", use_cpu=True, bf16=False, gradient_checkpointing=False,
-        disable_tqdm=True)
+        output_dir=str(output_dir),
+        loss_type=[loss_type],
+        label_smoothing=label_smoothing,
+        beta=BETA,
+        max_steps=1,
+        per_device_train_batch_size=len(_rows()),
+        learning_rate=1e-8,
+        max_grad_norm=1e9,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+    )
     trainer = trl.DPOTrainer(
-        model=LlamaForCausalLM.from_pretrained(models[0]), ref_model=LlamaForCausalLM.from_pretrained(models[1]),
-        args=arguments, train_dataset=Dataset.from_list(_rows()), processing_class=tiny_tokenizer())
+        model=LlamaForCausalLM.from_pretrained(models[0]),
+        ref_model=LlamaForCausalLM.from_pretrained(models[1]),
+        args=arguments,
+        train_dataset=Dataset.from_list(_rows()),
+        processing_class=tiny_tokenizer(),
+    )
     trainer.train()
     return trainer.state.log_history[0]
 
@@ -78,10 +115,21 @@ def _our_step(
     data = directory / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in _rows()))
     options = {
-        "model_name_or_path": models[0], "ref_model_name_or_path": models[1], "train_data": data,
-        "output_dir": directory / reference, "loss_type": loss_type, "label_smoothing": label_smoothing,
-        "beta": BETA, "completion_mask": "final_turn", "reference": reference, "max_steps": 1, "logging_steps": 1,
-        "save_steps": 0, "per_device_train_batch_size": len(_rows()), "learning_rate": 1e-8}
+        "model_name_or_path": models[0],
+        "ref_model_name_or_path": models[1],
+        "train_data": data,
+        "output_dir": directory / reference,
+        "loss_type": loss_type,
+        "label_smoothing": label_smoothing,
+        "beta": BETA,
+        "completion_mask": "final_turn",
+        "reference": reference,
+        "max_steps": 1,
+        "logging_steps": 1,
+        "save_steps": 0,
+        "per_device_train_batch_size": len(_rows()),
+        "learning_rate": 1e-8,
+    }
     assert train_here([word for name, value in options.items() for word in (f"--{name}", str(value))]) == 0
     (line,) = train_lines(directory / reference)
     return line
@@ -89,9 +137,7 @@ def _our_step(
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("loss_type", "label_smoothing"), LOSSES)
-def test_one_step_is_trls(
-    models: tuple[Path, Path], tmp_path: Path, loss_type: str, label_smoothing: float
-) -> None:
+def test_one_step_is_trls(models: tuple[Path, Path], tmp_path: Path, loss_type: str, label_smoothing: float) -> None:
     """Both sides of a pair in one row here, one padded row a side there: the same numbers to 2e-4."""
     theirs = _trl_step(models, tmp_path / "trl", loss_type, label_smoothing)
     assert abs(theirs["rewards/margins"]) > 0.1 and theirs["grad_norm"] > 0.01  # a comparison that can fail
@@ -100,4 +146,5 @@ def test_one_step_is_trls(
     for reference in ("live", "cache"):
         ours = _our_step(models, tmp_path, loss_type, label_smoothing, reference)
         assert {name: ours[name] for name in COMPARED} == pytest.approx(
-            {name: theirs[name] for name in COMPARED}, abs=2e-4), f"{loss_type}, {reference}"
+            {name: theirs[name] for name in COMPARED}, abs=2e-4
+        ), f"{loss_type}, {reference}"

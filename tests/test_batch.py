@@ -22,8 +22,12 @@ KINDS = ["llama", "mistral_window", "qwen3", "qwen3_moe", "minimind_moe"]
 
 
 def _row(chosen: list[int], rejected: list[int], chosen_mask: list[int], rejected_mask: list[int]) -> dict[str, Any]:
-    return {"chosen_input_ids": chosen, "chosen_completion_mask": chosen_mask,
-            "rejected_input_ids": rejected, "rejected_completion_mask": rejected_mask}
+    return {
+        "chosen_input_ids": chosen,
+        "chosen_completion_mask": chosen_mask,
+        "rejected_input_ids": rejected,
+        "rejected_completion_mask": rejected_mask,
+    }
 
 
 def test_packed_batch_by_hand() -> None:
@@ -68,8 +72,9 @@ def _by_transformers(model: Any, batch: PairBatch) -> PairScores:
     logps = logits.log_softmax(dim=-1).gather(1, batch.target_ids[:, None])[:, 0][batch.token_index]
     if router is None:
         return PairScores(logps, torch.zeros(len(batch)))
-    aux = router_aux_loss(output.router_logits, batch.sequences, kind=router.kind, top_k=router.top_k,
-                          coefficient=router.coefficient)
+    aux = router_aux_loss(
+        output.router_logits, batch.sequences, kind=router.kind, top_k=router.top_k, coefficient=router.coefficient
+    )
     return PairScores(logps, aux.view(-1, 2).mean(dim=1))
 
 
@@ -90,8 +95,14 @@ def _score(kind: str, rows: list[dict[str, Any]], layout: Any, fast: bool) -> tu
     with torch.no_grad():
         ref_logps = sum_per_side(score(ref_model.eval()).per_token_logps, batch)
     policy_logps = sum_per_side(scores.per_token_logps, batch)
-    losses = dpo_losses(*policy_logps, *ref_logps, chosen_tokens=batch.chosen_tokens,
-                        rejected_tokens=batch.rejected_tokens, loss_type="sigmoid_norm", beta=0.5)
+    losses = dpo_losses(
+        *policy_logps,
+        *ref_logps,
+        chosen_tokens=batch.chosen_tokens,
+        rejected_tokens=batch.rejected_tokens,
+        loss_type="sigmoid_norm",
+        beta=0.5,
+    )
     (losses + scores.aux_losses).mean().backward()
     gradients = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
     logps = torch.stack([*policy_logps, *ref_logps])  # what the rewards are differences of
@@ -102,8 +113,11 @@ def _score(kind: str, rows: list[dict[str, Any]], layout: Any, fast: bool) -> tu
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 14), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4),
-    mask=st.sampled_from(["final_turn", "all_assistant"]), seed=st.integers(0, 1000),
-    head_rows=st.sampled_from([1, 7, 10_000]), layout=st.sampled_from([PACKED, PACKED, PLAIN]))
+    mask=st.sampled_from(["final_turn", "all_assistant"]),
+    seed=st.integers(0, 1000),
+    head_rows=st.sampled_from([1, 7, 10_000]),
+    layout=st.sampled_from([PACKED, PACKED, PLAIN]),
+)
 def test_every_fast_way_equals_plain(
     kind: str, lengths: list[tuple[int, int, int]], mask: str, seed: int, head_rows: int, layout: Any
 ) -> None:

@@ -52,9 +52,17 @@ def job(tmp_path: Path) -> workloads.Job:
     workloads.word_tokenizer(VOCAB).save_pretrained(tmp_path / "tokenizer")
     lengths = [workloads.PairLengths(5 + i, 4 + i % 3, 9 - i % 4, 5 + i + i % 2) for i in range(10)]
     return workloads.Job(
-        model=workloads.save_model(shape, tmp_path / "model"), tokenizer=str(tmp_path / "tokenizer"),
-        pairs=workloads.write_pairs(tmp_path / "pairs.jsonl", lengths, VOCAB), scratch=str(tmp_path), batch=2,
-        micro_batch=2, max_length=32, windows=(1, 2, 2), threads=torch.get_num_threads(), learning_rate=1e-2)
+        model=workloads.save_model(shape, tmp_path / "model"),
+        tokenizer=str(tmp_path / "tokenizer"),
+        pairs=workloads.write_pairs(tmp_path / "pairs.jsonl", lengths, VOCAB),
+        scratch=str(tmp_path),
+        batch=2,
+        micro_batch=2,
+        max_length=32,
+        windows=(1, 2, 2),
+        threads=torch.get_num_threads(),
+        learning_rate=1e-2,
+    )
 
 
 @pytest.mark.parametrize("mix", workloads.MIXES)
@@ -62,8 +70,9 @@ def test_rows_have_their_lengths_in_tokens(mix: str, tmp_path: Path) -> None:
     lengths = workloads.mix_lengths(mix, 40, seed=3)
     tokenizer = workloads.word_tokenizer(VOCAB)
     path = workloads.write_pairs(tmp_path / "pairs.jsonl", lengths, VOCAB)
-    data = tokenize_files([path], tokenizer, max_length=workloads.MAX_LENGTH[mix], completion_mask="all_assistant",
-                          on_bad_row="fail").dataset
+    data = tokenize_files(
+        [path], tokenizer, max_length=workloads.MAX_LENGTH[mix], completion_mask="all_assistant", on_bad_row="fail"
+    ).dataset
     assert lengths == workloads.mix_lengths(mix, 40, seed=3) != workloads.mix_lengths(mix, 40, seed=4)
     for index, pair in enumerate(lengths):
         batch = pack_pairs([data[index]])
@@ -106,6 +115,7 @@ def test_the_filling_pass_has_steps_too(job: workloads.Job) -> None:
 
 def test_naive_losses_by_hand() -> None:
     """Policy and reference predict uniformly but for one token: the loss follows from that token's logit."""
+
     class Model:
         def __init__(self, logit: float):
             self.logit = logit
@@ -115,9 +125,14 @@ def test_naive_losses_by_hand() -> None:
             logits[..., 1] = self.logit
             return type("Output", (), {"logits": logits})
 
-    batch = {"x_chosen": torch.zeros(1, 2, dtype=torch.long), "x_rejected": torch.zeros(1, 2, dtype=torch.long),
-             "y_chosen": torch.tensor([[1, 1]]), "y_rejected": torch.tensor([[2, 0]]),
-             "mask_chosen": torch.tensor([[1, 1]]), "mask_rejected": torch.tensor([[1, 0]])}
+    batch = {
+        "x_chosen": torch.zeros(1, 2, dtype=torch.long),
+        "x_rejected": torch.zeros(1, 2, dtype=torch.long),
+        "y_chosen": torch.tensor([[1, 1]]),
+        "y_rejected": torch.tensor([[2, 0]]),
+        "mask_chosen": torch.tensor([[1, 1]]),
+        "mask_rejected": torch.tensor([[1, 0]]),
+    }
     raised = torch.log_softmax(torch.tensor([0.0, 2.0, 0.0, 0.0]), 0) - torch.log(torch.tensor(0.25))
     for loss_type, tokens in (("sigmoid", 2), ("sigmoid_norm", 1)):
         margin = 0.5 * (tokens * raised[1] - raised[2])
@@ -138,8 +153,10 @@ def test_groups_are_windows_by_length(job: workloads.Job) -> None:
     rows = workloads.read_rows(job.pairs)
     grouped = _grouped(rows, job)
     for start, end in ((0, 2), (2, 6), (6, 10)):
-        lengths = [max(len((row["prompt"] + row[side]).split()) for side in ("chosen", "rejected"))
-                   for row in grouped[start:end]]
+        lengths = [
+            max(len((row["prompt"] + row[side]).split()) for side in ("chosen", "rejected"))
+            for row in grouped[start:end]
+        ]
         assert sorted(map(str, grouped[start:end])) == sorted(map(str, rows[start:end]))
         assert lengths == sorted(lengths, reverse=True)
 
@@ -160,11 +177,17 @@ def test_workers_take_turns_and_say_why_they_failed(tmp_path: Path) -> None:
 
 def test_figures_and_verdicts(job: workloads.Job, capsys: pytest.CaptureFixture[str]) -> None:
     """Ours takes 1 s a pair at 100 MiB, filling 0.25 s, TRL 3 s at 300 MiB, live 6 s, MiniMind 20 s a pair."""
+
     def windows(seconds: float, mib: int, steps: int, loss: float = 0.5) -> list[Window]:
         return [Window(seconds * 2 * n, [loss] * n, mib * 2**20) for n in (1, steps, steps)]
 
-    results = {"ours_cached": windows(1, 100, 2), "ours_fill": windows(0.25, 120, 2), "trl": windows(3, 300, 2),
-               "trl_live": windows(6, 300, 2, loss=0.6), "minimind": windows(20, 900, 1)}
+    results = {
+        "ours_cached": windows(1, 100, 2),
+        "ours_fill": windows(0.25, 120, 2),
+        "trl": windows(3, 300, 2),
+        "trl_live": windows(6, 300, 2, loss=0.6),
+        "minimind": windows(20, 900, 1),
+    }
     lengths = [workloads.PairLengths(10, 6, 6, 10)] * 10
     summary = throughput.summarise(results, 50.0, lengths, job)
     parameters = summary["parameters"]
@@ -178,11 +201,13 @@ def test_figures_and_verdicts(job: workloads.Job, capsys: pytest.CaptureFixture[
 
     check_targets(summary, "chat", 4, default_model=True)
     printed = capsys.readouterr().out
-    for line in ("pass: ours_cached is so many times as fast as trl: 3.00 (at least 2.4)",
-                 "FAIL: ours_cached is so many times as fast as trl: 3.00 (at least 4)",
-                 "pass: first epoch is so many times as fast as trl_live: 4.80 (at least 4)",
-                 "pass: ours_cached is so many times as fast as minimind: 20.00 (at least 15)",
-                 "pass: first epoch is so many times as fast as minimind: 16.00 (at least 12)",
-                 "pass: ours_cached's peak memory over trl's: 0.33 (at most 0.5)"):
+    for line in (
+        "pass: ours_cached is so many times as fast as trl: 3.00 (at least 2.4)",
+        "FAIL: ours_cached is so many times as fast as trl: 3.00 (at least 4)",
+        "pass: first epoch is so many times as fast as trl_live: 4.80 (at least 4)",
+        "pass: ours_cached is so many times as fast as minimind: 20.00 (at least 15)",
+        "pass: first epoch is so many times as fast as minimind: 16.00 (at least 12)",
+        "pass: ours_cached's peak memory over trl's: 0.33 (at most 0.5)",
+    ):
         assert line in printed
     assert "peak memory over trl_mb1" not in printed and "share of" not in printed

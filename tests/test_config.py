@@ -25,7 +25,10 @@ def test_defaults_are_minimind() -> None:
     assert (config.loss_type, config.beta, config.learning_rate, config.max_length) == ("sigmoid_norm", 0.1, 4e-8, 1024)
     assert (config.per_device_train_batch_size, config.max_grad_norm, config.weight_decay) == (4, 1.0, 0.01)
     assert (config.lr_scheduler_type, config.completion_mask, config.num_train_epochs) == (
-        "minimind", "all_assistant", 1.0)
+        "minimind",
+        "all_assistant",
+        1.0,
+    )
 
 
 def test_every_problem_at_once(tmp_path: Path) -> None:
@@ -34,23 +37,33 @@ def test_every_problem_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         load_config(["--config", str(file), "--max_lenght", "5", "--shuffle", "perhaps", "--max_steps", "1.5"])
     message = str(error.value)
-    for part in ["learning_rte: unknown key; did you mean learning_rate?", "--max_lenght: unknown key; did you mean "
-                 "max_length?", "beta: expected a number, found 'much'", "label_smoothing: must be below 0.5",
-                 "loss_type: 'sigmod' is none of", "shuffle: expected true or false", "max_steps: expected a whole",
-                 "model_name_or_path: missing", "train_data: missing"]:
+    for part in [
+        "learning_rte: unknown key; did you mean learning_rate?",
+        "--max_lenght: unknown key; did you mean max_length?",
+        "beta: expected a number, found 'much'",
+        "label_smoothing: must be below 0.5",
+        "loss_type: 'sigmod' is none of",
+        "shuffle: expected true or false",
+        "max_steps: expected a whole",
+        "model_name_or_path: missing",
+        "train_data: missing",
+    ]:
         assert part in message
 
 
-@pytest.mark.parametrize(("values", "part"), [
-    ({"label_smoothing": 0.1, "loss_type": "hinge"}, "label_smoothing: has no meaning for loss_type hinge"),
-    ({"beta": 0}, "beta: must be positive"),
-    ({"beta": float("nan")}, "beta: must be positive"),
-    ({"warmup_ratio": 0.1}, "lr_scheduler_type minimind has no warmup"),
-    ({"eval_steps": 5}, "eval_steps: needs eval_data"),
-    ({"seed": True}, "seed: expected a number, found true"),
-    ({"train_data": [1]}, "train_data: expected one text"),
-    ({"beta": None}, "beta: is empty"),
-])
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        ({"label_smoothing": 0.1, "loss_type": "hinge"}, "label_smoothing: has no meaning for loss_type hinge"),
+        ({"beta": 0}, "beta: must be positive"),
+        ({"beta": float("nan")}, "beta: must be positive"),
+        ({"warmup_ratio": 0.1}, "lr_scheduler_type minimind has no warmup"),
+        ({"eval_steps": 5}, "eval_steps: needs eval_data"),
+        ({"seed": True}, "seed: expected a number, found true"),
+        ({"train_data": [1]}, "train_data: expected one text"),
+        ({"beta": None}, "beta: is empty"),
+    ],
+)
 def test_wrong_values(values: dict[str, object], part: str) -> None:
     with pytest.raises(UserError, match=part):
         make_config({"model_name_or_path": "m", "train_data": "a"} | values)

@@ -24,10 +24,29 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 TOP = {path.name for path in ROOT.iterdir()}
 
 MINIMIND_FLAGS = {
-    "--save_dir", "--save_weight", "--epochs", "--batch_size", "--learning_rate", "--device", "--dtype",
-    "--num_workers", "--accumulation_steps", "--grad_clip", "--log_interval", "--save_interval",
-    "--hidden_size", "--num_hidden_layers", "--max_seq_len", "--use_moe", "--data_path", "--from_weight",
-    "--from_resume", "--beta", "--use_wandb", "--wandb_project", "--use_compile",
+    "--save_dir",
+    "--save_weight",
+    "--epochs",
+    "--batch_size",
+    "--learning_rate",
+    "--device",
+    "--dtype",
+    "--num_workers",
+    "--accumulation_steps",
+    "--grad_clip",
+    "--log_interval",
+    "--save_interval",
+    "--hidden_size",
+    "--num_hidden_layers",
+    "--max_seq_len",
+    "--use_moe",
+    "--data_path",
+    "--from_weight",
+    "--from_resume",
+    "--beta",
+    "--use_wandb",
+    "--wandb_project",
+    "--use_compile",
 }
 ACCELERATE_FLAGS = {"--config_file", "--mixed_precision", "--num_processes", "--main_process_port"}
 FOREIGN_PATHS = {"trainer/train_dpo.py", "out/full_sft_512.pth", "docs.rs"}
@@ -161,8 +180,12 @@ def _shown(default: object) -> str:
 
 
 def test_losses_schedules_references_and_metrics_are_documented() -> None:
-    for heading, names in (("## The step", LOSS_TYPES), ("## Schedules", LR_SCHEDULER_TYPES),
-                           ("## Reference", REFERENCES), ("## Metrics", PAIR_METRICS)):
+    for heading, names in (
+        ("## The step", LOSS_TYPES),
+        ("## Schedules", LR_SCHEDULER_TYPES),
+        ("## Reference", REFERENCES),
+        ("## Metrics", PAIR_METRICS),
+    ):
         missing = [name for name in names if f"`{name}`" not in _part(heading)]
         assert not missing, f"{heading} leaves out {missing}"
 

@@ -23,9 +23,11 @@ from helpers_run import (
 )
 
 # 21 pairs in global batches of 8, two epochs: steps of 8, 8, 5, 8, 8, 5 pairs
-BATCH = {1: {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
-         2: {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
-         4: {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}}
+BATCH = {
+    1: {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+    2: {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
+    4: {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1},
+}
 OPTIONS = {"learning_rate": 2e-4, "num_train_epochs": 2, "save_steps": 2, "save_total_limit": 0}
 ENGINES = ["multi_cpu", "ds_zero1_cpu", "ds_zero2_cpu", "ds_zero2_offload_cpu", "ds_zero3_cpu", "ds_zero3_offload_cpu"]
 
@@ -41,9 +43,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def trained(
-    workspace: Path, engine: str | None, name: str | None = None, **options: object
-) -> Path:
+def trained(workspace: Path, engine: str | None, name: str | None = None, **options: object) -> Path:
     """The run directory of the command under `engine`, trained once for all tests of this module."""
     output_dir = workspace / (name or engine or "single").replace(" ", "_")
     if not output_dir.exists():
@@ -73,19 +73,30 @@ def test_every_engine_trains_the_same_run(workspace: Path, engine: str) -> None:
 def test_nothing_is_compiled(workspace: Path, tmp_path: Path) -> None:
     """A build leaves a lock when it is killed, and later runs would wait for it."""
     inputs = Inputs(*(workspace / "inputs" / part for part in ("model", "train.jsonl", "eval.jsonl")))
-    result = run_command(inputs.flags(tmp_path / "run", max_steps=1), "ds_zero2_cpu --num_processes 1",
-                         TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"))
+    result = run_command(
+        inputs.flags(tmp_path / "run", max_steps=1),
+        "ds_zero2_cpu --num_processes 1",
+        TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"),
+    )
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / "extensions").exists()
 
 
-@pytest.mark.parametrize(("wrote", "continues"), [
-    ("multi_cpu", None), ("multi_cpu", "multi_cpu --num_processes 4"),
-    ("ds_zero1_cpu", "ds_zero1_cpu --num_processes 1"), ("ds_zero1_cpu", "ds_zero1_cpu --num_processes 4"),
-    ("ds_zero2_cpu", "ds_zero2_cpu --num_processes 1"), ("ds_zero2_cpu", "ds_zero2_cpu --num_processes 4"),
-    ("ds_zero3_cpu", "ds_zero3_cpu --num_processes 1"), ("ds_zero3_cpu", "ds_zero3_cpu --num_processes 4"),
-    ("ds_zero3_offload_cpu", None), (None, "ds_zero3_cpu"),
-])
+@pytest.mark.parametrize(
+    ("wrote", "continues"),
+    [
+        ("multi_cpu", None),
+        ("multi_cpu", "multi_cpu --num_processes 4"),
+        ("ds_zero1_cpu", "ds_zero1_cpu --num_processes 1"),
+        ("ds_zero1_cpu", "ds_zero1_cpu --num_processes 4"),
+        ("ds_zero2_cpu", "ds_zero2_cpu --num_processes 1"),
+        ("ds_zero2_cpu", "ds_zero2_cpu --num_processes 4"),
+        ("ds_zero3_cpu", "ds_zero3_cpu --num_processes 1"),
+        ("ds_zero3_cpu", "ds_zero3_cpu --num_processes 4"),
+        ("ds_zero3_offload_cpu", None),
+        (None, "ds_zero3_cpu"),
+    ],
+)
 def test_a_checkpoint_continues_elsewhere(workspace: Path, wrote: str | None, continues: str | None) -> None:
     """Step 2's checkpoint of two ranks goes on with one and with four, in every stage, and from stage to stage."""
     checkpoint = trained(workspace, wrote) / "checkpoints" / "step-000002"
@@ -102,9 +113,17 @@ def test_a_resumed_run_has_the_same_bits(workspace: Path, engine: str) -> None:
     assert same_bits(parts, whole)
 
 
-@pytest.mark.parametrize(("engine", "reference"), [
-    *((engine, mode) for engine in (None, "ds_zero2_cpu", "ds_zero3_cpu") for mode in ("live", "offload", "adapter")),
-    ("multi_cpu", "offload")])
+@pytest.mark.parametrize(
+    ("engine", "reference"),
+    [
+        *(
+            (engine, mode)
+            for engine in (None, "ds_zero2_cpu", "ds_zero3_cpu")
+            for mode in ("live", "offload", "adapter")
+        ),
+        ("multi_cpu", "offload"),
+    ],
+)
 def test_reference_modes_agree(workspace: Path, engine: str | None, reference: str) -> None:
     """Rewards are beta times the log-ratio to the reference: with equal ones, its log-probabilities are equal."""
     options = {"num_train_epochs": 1} | ({"lora_r": 4} if reference == "adapter" else {})
@@ -154,12 +173,15 @@ def test_bf16_stays_close(workspace: Path, engine: str) -> None:
         assert ours["logps/chosen"] != theirs["logps/chosen"]
 
 
-@pytest.mark.parametrize(("engine", "rank", "grief", "message"), [
-    ("multi_cpu", 1, "fails", "the disk of this rank is on fire"),
-    ("ds_zero3_cpu", 0, "fails", "the disk of this rank is on fire"),
-    ("ds_zero2_cpu", 1, "user_error", "rank 1: error: a file that only this rank misses"),
-    ("multi_cpu", 1, "stops", "rank 0: failed"),
-])
+@pytest.mark.parametrize(
+    ("engine", "rank", "grief", "message"),
+    [
+        ("multi_cpu", 1, "fails", "the disk of this rank is on fire"),
+        ("ds_zero3_cpu", 0, "fails", "the disk of this rank is on fire"),
+        ("ds_zero2_cpu", 1, "user_error", "rank 1: error: a file that only this rank misses"),
+        ("multi_cpu", 1, "stops", "rank 0: failed"),
+    ],
+)
 def test_when_one_rank_fails_all_leave(
     workspace: Path, tmp_path: Path, engine: str, rank: int, grief: str, message: str
 ) -> None:
@@ -176,7 +198,10 @@ def test_when_one_rank_fails_all_leave(
 def test_contradictions_are_one_clear_error(workspace: Path, tmp_path: Path) -> None:
     """All of them at once, each with the name of what decides."""
     settings = json.loads((REPOSITORY / "configs/deepspeed/zero2_cpu.json").read_text()) | {
-        "gradient_clipping": 0.5, "optimizer": {"type": "Adam"}, "train_micro_batch_size_per_gpu": 3}
+        "gradient_clipping": 0.5,
+        "optimizer": {"type": "Adam"},
+        "train_micro_batch_size_per_gpu": 3,
+    }
     (tmp_path / "zero.json").write_text(json.dumps(settings))
     accelerate = (REPOSITORY / "configs/accelerate/ds_zero2_cpu.yaml").read_text()
     (tmp_path / "own.yaml").write_text(accelerate.replace("configs/deepspeed/zero2_cpu.json", f"{tmp_path}/zero.json"))
@@ -185,7 +210,10 @@ def test_contradictions_are_one_clear_error(workspace: Path, tmp_path: Path) -> 
     words[words.index("--config_file") + 1] = str(tmp_path / "own.yaml")
     result = subprocess.run(words, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=150)
     assert result.returncode != 0
-    for message in ("gradient_clipping: 0.5, but the training configuration decides this: max_grad_norm is 1.0",
-                    "optimizer: is set, but the training configuration decides this",
-                    "train_micro_batch_size_per_gpu: 3", "per_device_train_batch_size is 4"):
+    for message in (
+        "gradient_clipping: 0.5, but the training configuration decides this: max_grad_norm is 1.0",
+        "optimizer: is set, but the training configuration decides this",
+        "train_micro_batch_size_per_gpu: 3",
+        "per_device_train_batch_size is 4",
+    ):
         assert message in result.stderr

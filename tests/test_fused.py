@@ -72,9 +72,17 @@ def test_rotary_embedding_equals_its_model_s_own(kind: str) -> None:
 
 def test_modules_that_compute_something_else_are_left_alone() -> None:
     """Gemma's norm multiplies with 1 + weight, its MLP uses GELU."""
-    model = GemmaForCausalLM(GemmaConfig(
-        vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8))
+    model = GemmaForCausalLM(
+        GemmaConfig(
+            vocab_size=31,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+        )
+    )
     fuse(model)
     assert not any("forward" in vars(module) for module in model.modules())
 
@@ -95,8 +103,10 @@ def test_last_layer_works_on_wanted_rows_only() -> None:
     ids = torch.arange(10)[None]
     states, all_states = (m(ids, use_cache=False).last_hidden_state[0, [3, 4, 9]] for m in (model.model, whole))
     assert seen == [3]
-    _close([states, *_gradients(states, list(model.model.parameters()))],
-           [all_states, *_gradients(all_states, list(whole.parameters()))])
+    _close(
+        [states, *_gradients(states, list(model.model.parameters()))],
+        [all_states, *_gradients(all_states, list(whole.parameters()))],
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5, 100])
@@ -115,8 +125,9 @@ def test_head_keeps_no_more_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> Non
     for count in (100, 101, 1000):
         hidden, weight = _leaves((count, 8), (50, 8))
         sizes: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1],
-                                                      lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1], lambda t: t
+        ):
             token_logps(hidden, weight, torch.zeros(count, dtype=torch.long))
         kept[count] = sum(sizes) - hidden.numel() - weight.numel()
     assert kept == {100: 200 + 100 * 50, 101: 202, 1000: 2000}  # targets, logsumexp; probabilities of one chunk
@@ -184,8 +195,19 @@ def test_attention_keeps_its_softmax_where_few_keys_are_seen(monkeypatch: pytest
     assert sum(sizes) - query.numel() - key.numel() - value.numel() == 4 * 4 * (4 + 8 + 9)
 
 
-def _varlen_by_hand(query: Tensor, key: Tensor, value: Tensor, query_ends: Tensor, key_ends: Tensor, longest_query: int,
-                    longest_key: int, *, scale: float, window_size: tuple[int, int], enable_gqa: bool) -> Tensor:
+def _varlen_by_hand(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_ends: Tensor,
+    key_ends: Tensor,
+    longest_query: int,
+    longest_key: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> Tensor:
     """What flash attention's documentation says of variable lengths: causal is aligned to the bottom right."""
     assert longest_query == query_ends.diff().max() and longest_key == key_ends.diff().max()
     assert enable_gqa == (query.shape[1] != key.shape[1]) and window_size[1] == 0
@@ -193,8 +215,9 @@ def _varlen_by_hand(query: Tensor, key: Tensor, value: Tensor, query_ends: Tenso
     outputs: list[Any] = []
     for index in range(len(query_ends) - 1):
         q = query[query_ends[index] : query_ends[index + 1]]
-        k, v = (states[key_ends[index] : key_ends[index + 1]].repeat_interleave(repeats, dim=1)
-                for states in (key, value))
+        k, v = (
+            states[key_ends[index] : key_ends[index + 1]].repeat_interleave(repeats, dim=1) for states in (key, value)
+        )
         place = torch.arange(len(q))[:, None] + len(k) - len(q)
         distance = place - torch.arange(len(k))
         hidden = (distance < 0) | ((window_size[0] >= 0) & (distance > window_size[0]))

@@ -40,8 +40,18 @@ def autocast(precision: str) -> Any:
 def test_every_reference_under_every_engine(tmp_path: Path, precision: str, engine: str) -> None:
     config = tmp_path / "demo.yaml"
     save_config(demo_config(tmp_path / "unused"), config)
-    flags = ["--config", str(config), "--max_steps", "2", "--lr_scheduler_type", "constant", "--warmup_ratio", "0",
-             "--per_device_train_batch_size", "4"]
+    flags = [
+        "--config",
+        str(config),
+        "--max_steps",
+        "2",
+        "--lr_scheduler_type",
+        "constant",
+        "--warmup_ratio",
+        "0",
+        "--per_device_train_batch_size",
+        "4",
+    ]
     words = command([str(tmp_path), *flags], f"{engine} --mixed_precision {precision}")
     at = words.index("minimind_dpo.train") - 1
     words[at : at + 2] = ["tests/programs/each_reference.py"]
@@ -89,7 +99,8 @@ def test_figures_decide_between_noise_and_structure() -> None:
     broken[0] += 4.4
     assert difference(noise, expected, half=True) is None
     assert difference(noise, expected, half=False) == (
-        "log-probabilities differ by up to 0.21 nats a token, 0.026 on average")
+        "log-probabilities differ by up to 0.21 nats a token, 0.026 on average"
+    )
     assert difference(broken, expected, half=True) is not None
     assert difference(biased, expected, half=True) is not None
     assert difference(torch.full((8,), math.nan), expected, half=True) is not None
@@ -116,10 +127,15 @@ def test_a_reference_inherits_the_layout_and_a_named_one_must_have_it() -> None:
         adopt_layout(PairScorer(odd), policy, layout, CPU, named=True)
 
 
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
-    RuntimeError("a fault of the kernel"), IndexError("another one")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("a fault of the kernel"),
+        IndexError("another one"),
+    ],
+)
 def test_memory_and_our_own_kernels_are_no_reason_to_pad(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setattr(attention.CpuPairAttention, "apply", _in_a_kernel(error))
     with pytest.raises(type(error)):

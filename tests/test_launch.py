@@ -54,35 +54,68 @@ def stub(tmp_path: Path) -> Path:
 
 def launch(stub: Path, processes: str, codes: str) -> list[str]:
     config = REPOSITORY / "configs" / "accelerate" / f"{CONFIGS[processes]}.yaml"
-    return [sys.executable, "-m", "minimind_dpo.launch", "--config_file", str(config), "--main_process_port", "0",
-            str(stub), codes]
+    return [
+        sys.executable,
+        "-m",
+        "minimind_dpo.launch",
+        "--config_file",
+        str(config),
+        "--main_process_port",
+        "0",
+        str(stub),
+        codes,
+    ]
 
 
-@pytest.mark.parametrize(("codes", "code"), [
-    ([75, 75], 75), ([75, -15], 75), ([-15, 75], 75), ([75, 1], 1), ([2, -15], 2), ([2, 1], 2), ([1, 2], 1),
-    ([3], 1), ([-9], 1), ([-15, -15], 1)])
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [
+        ([75, 75], 75),
+        ([75, -15], 75),
+        ([-15, 75], 75),
+        ([75, 1], 1),
+        ([2, -15], 2),
+        ([2, 1], 2),
+        ([1, 2], 1),
+        ([3], 1),
+        ([-9], 1),
+        ([-15, -15], 1),
+    ],
+)
 def test_overall_code(codes: list[int], code: int) -> None:
     assert overall_code(codes) == code
 
 
-@pytest.mark.parametrize(("processes", "codes", "code", "message"), [
-    ("one", "0", 0, ""), ("one", "75", 75, ""), ("one", "2", 2, "the process ended with exit code 2"),
-    ("one", "killed", 1, "the process was killed by SIGKILL"),
-    ("two", "0", 0, ""), ("two", "75", 75, ""), ("two", "0,2", 2, "rank 1 ended with exit code 2"),
-    ("two", "forever,7", 1, "rank 1 ended with exit code 7"), ("two", "75,forever", 75, ""),
-])
+@pytest.mark.parametrize(
+    ("processes", "codes", "code", "message"),
+    [
+        ("one", "0", 0, ""),
+        ("one", "75", 75, ""),
+        ("one", "2", 2, "the process ended with exit code 2"),
+        ("one", "killed", 1, "the process was killed by SIGKILL"),
+        ("two", "0", 0, ""),
+        ("two", "75", 75, ""),
+        ("two", "0,2", 2, "rank 1 ended with exit code 2"),
+        ("two", "forever,7", 1, "rank 1 ended with exit code 7"),
+        ("two", "75,forever", 75, ""),
+    ],
+)
 def test_exit_codes(stub: Path, processes: str, codes: str, code: int, message: str) -> None:
-    done = subprocess.run(launch(stub, processes, codes), env=environment(), capture_output=True, text=True,
-                          timeout=120, cwd=REPOSITORY)
+    done = subprocess.run(
+        launch(stub, processes, codes), env=environment(), capture_output=True, text=True, timeout=120, cwd=REPOSITORY
+    )
     assert done.returncode == code and message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and "FAILED" not in done.stderr
 
 
-@pytest.mark.parametrize(("processes", "number"), [
-    ("one", signal.SIGTERM), ("two", signal.SIGTERM), ("two", signal.SIGUSR1), ("two", signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("processes", "number"),
+    [("one", signal.SIGTERM), ("two", signal.SIGTERM), ("two", signal.SIGUSR1), ("two", signal.SIGINT)],
+)
 def test_signals_reach_the_workers(stub: Path, processes: str, number: signal.Signals) -> None:
-    process = subprocess.Popen(launch(stub, processes, "wait"), env=environment(), stderr=subprocess.PIPE, text=True,
-                               cwd=REPOSITORY)
+    process = subprocess.Popen(
+        launch(stub, processes, "wait"), env=environment(), stderr=subprocess.PIPE, text=True, cwd=REPOSITORY
+    )
     ready = stub.with_name("ready-0" if processes == "one" else "ready-1")
     wait_until(ready.exists, 60)
     process.send_signal(number)
@@ -99,8 +132,9 @@ def test_a_wrong_argument_is_a_users_mistake(stub: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck() -> None:
-    done = subprocess.run(["shellcheck", "--external-sources", *map(str, SCRIPTS)], capture_output=True, text=True,
-                          cwd=REPOSITORY)
+    done = subprocess.run(
+        ["shellcheck", "--external-sources", *map(str, SCRIPTS)], capture_output=True, text=True, cwd=REPOSITORY
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -140,19 +174,22 @@ if [[ $1 == requeue ]]; then echo "$2" >requeued; else echo first; echo second; 
 """
 
 
-@pytest.mark.parametrize(("said", "srun", "restarts", "requeued", "code", "message"), [
-    ("0 0", 0, 0, False, 0, "done"),
-    ("75 75", 0, 0, True, 75, "stopped early with a checkpoint; queued again (restart 1 of at most 3)"),
-    ("75 terminated", 1, 2, True, 75, "(restart 3 of at most 3)"),
-    ("75 75", 0, 3, False, 75, "not queued again after 3 restarts (MAX_RESTARTS=3)"),
-    ("1 running", 1, 0, True, 75, "node 1 died; queued again"),
-    ("1 running", 1, 3, False, 75, "not queued again"),
-    ("0 0", 0, 4, False, 75, "restart 4 is beyond MAX_RESTARTS=3"),
-    ("2 1", 143, 0, False, 2, "last words of 0"),
-    ("1 2", 1, 0, False, 2, "last words of 1"),
-    ("terminated 1", 143, 0, False, 1, "last words of 1"),
-    ("", 1, 0, False, 1, "failed; not queued again"),
-])
+@pytest.mark.parametrize(
+    ("said", "srun", "restarts", "requeued", "code", "message"),
+    [
+        ("0 0", 0, 0, False, 0, "done"),
+        ("75 75", 0, 0, True, 75, "stopped early with a checkpoint; queued again (restart 1 of at most 3)"),
+        ("75 terminated", 1, 2, True, 75, "(restart 3 of at most 3)"),
+        ("75 75", 0, 3, False, 75, "not queued again after 3 restarts (MAX_RESTARTS=3)"),
+        ("1 running", 1, 0, True, 75, "node 1 died; queued again"),
+        ("1 running", 1, 3, False, 75, "not queued again"),
+        ("0 0", 0, 4, False, 75, "restart 4 is beyond MAX_RESTARTS=3"),
+        ("2 1", 143, 0, False, 2, "last words of 0"),
+        ("1 2", 1, 0, False, 2, "last words of 1"),
+        ("terminated 1", 143, 0, False, 1, "last words of 1"),
+        ("", 1, 0, False, 1, "failed; not queued again"),
+    ],
+)
 def test_what_a_job_does_at_its_end(
     tmp_path: Path, said: str, srun: int, restarts: int, requeued: bool, code: int, message: str
 ) -> None:
@@ -162,12 +199,25 @@ def test_what_a_job_does_at_its_end(
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     done = subprocess.run(
-        ["bash", LAUNCH / "slurm" / "train_cpu.sbatch", "srun", "scontrol", "--beta", "a b"], cwd=tmp_path,
-        capture_output=True, text=True, env=os.environ | {
-            "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7",
-            "SLURM_JOB_NAME": "dpo", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "MAX_RESTARTS": "3",
-            "SLURM_RESTART_COUNT": str(restarts), "SAID": said, "SRUN_CODE": str(srun),
-            "CONTAINER_ARGS": "--container-image=image --container-mounts=/a:/a"})
+        ["bash", LAUNCH / "slurm" / "train_cpu.sbatch", "srun", "scontrol", "--beta", "a b"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | {
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "SLURM_SUBMIT_DIR": str(tmp_path),
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NAME": "dpo",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_JOB_NODELIST": "n[1-2]",
+            "MAX_RESTARTS": "3",
+            "SLURM_RESTART_COUNT": str(restarts),
+            "SAID": said,
+            "SRUN_CODE": str(srun),
+            "CONTAINER_ARGS": "--container-image=image --container-mounts=/a:/a",
+        },
+    )
     assert done.returncode == code and message in done.stdout.replace("\n", " "), done.stdout + done.stderr
     assert (tmp_path / "requeued").exists() == requeued
     if restarts > 3:
@@ -186,8 +236,13 @@ def free_port_from(port: int) -> int:
 
 def test_ranks_meet_on_a_port_that_nobody_listens_on() -> None:
     def meeting_port(number: int) -> int:
-        said = subprocess.run(["bash", "-c", f"source launch/slurm/job.sh; free_port {number}"], cwd=REPOSITORY,
-                              check=True, capture_output=True, text=True).stdout
+        said = subprocess.run(
+            ["bash", "-c", f"source launch/slurm/job.sh; free_port {number}"],
+            cwd=REPOSITORY,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
         return int(said)
 
     port = meeting_port(8000)
@@ -200,8 +255,12 @@ def test_ranks_meet_on_a_port_that_nobody_listens_on() -> None:
 
 
 def test_submitted_from_elsewhere(tmp_path: Path) -> None:
-    done = subprocess.run(["bash", LAUNCH / "slurm" / "train.sbatch", "a", "b"], capture_output=True, text=True,
-                          env=os.environ | {"SLURM_SUBMIT_DIR": str(tmp_path)})
+    done = subprocess.run(
+        ["bash", LAUNCH / "slurm" / "train.sbatch", "a", "b"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"SLURM_SUBMIT_DIR": str(tmp_path)},
+    )
     assert done.returncode == 2 and "from the repository's root" in done.stderr
 
 
@@ -222,8 +281,7 @@ def test_train_sh_runs_again_and_stops_when_asked(inputs: Inputs, tmp_path: Path
         progress(3)
         workers = _descendants(process.pid, f"minimind_dpo.train\0--config\0{config}")
         os.kill(workers[-1], signal.SIGUSR1)
-        wait_until(lambda: "run again (1 of 10)" in (tmp_path / "log").read_text(), 60,
-                   (tmp_path / "log").read_text)
+        wait_until(lambda: "run again (1 of 10)" in (tmp_path / "log").read_text(), 60, (tmp_path / "log").read_text)
         progress(progress(0) + 3)
         process.terminate()
         assert process.wait(timeout=60) == 75, (tmp_path / "log").read_text()
@@ -238,8 +296,12 @@ def _descendants(parent: int, command: str) -> list[int]:
     """Processes below `parent` whose command line (words divided by NUL) contains `command`, but no launcher."""
     found, level = [], [parent]
     while level:
-        level = [int(child) for pid in level for task in Path(f"/proc/{pid}/task").glob("*/children")
-                 for child in task.read_text().split()]
+        level = [
+            int(child)
+            for pid in level
+            for task in Path(f"/proc/{pid}/task").glob("*/children")
+            for child in task.read_text().split()
+        ]
         for pid in level:
             try:
                 words = Path(f"/proc/{pid}/cmdline").read_text()
@@ -254,14 +316,23 @@ def test_node_sh_on_two_machines(inputs: Inputs, tmp_path: Path) -> None:
     """Two machines' commands on this one; and what it says of a wrong environment."""
     config = write_config(inputs, tmp_path)
     script = [str(LAUNCH / "local" / "node.sh"), "configs/accelerate/multi_cpu.yaml", str(config)]
-    environ = environment(PYTHON=sys.executable, NNODES="2", RANKS_PER_NODE="1", MAIN_ADDR="127.0.0.1",
-                          MAIN_PORT=str(20000 + os.getpid() % 10000), GLOO_SOCKET_IFNAME="lo")
+    environ = environment(
+        PYTHON=sys.executable,
+        NNODES="2",
+        RANKS_PER_NODE="1",
+        MAIN_ADDR="127.0.0.1",
+        MAIN_PORT=str(20000 + os.getpid() % 10000),
+        GLOO_SOCKET_IFNAME="lo",
+    )
     wrong = subprocess.run(script, env=environ, cwd=REPOSITORY, capture_output=True, text=True)
     assert wrong.returncode == 2 and "NODE_RANK" in wrong.stderr
     processes = []
     for rank in ("1", "0"):
-        processes.append(subprocess.Popen(script, env=environ | {"NODE_RANK": rank}, cwd=REPOSITORY,
-                                          stderr=subprocess.PIPE, text=True))
+        processes.append(
+            subprocess.Popen(
+                script, env=environ | {"NODE_RANK": rank}, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
+            )
+        )
         time.sleep(0.5)
     ends = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ends

@@ -16,9 +16,17 @@ CHOSEN_TOKENS, REJECTED_TOKENS = torch.tensor([5, 2]), torch.tensor([2, 4])
 
 
 def _losses(loss_type: str, beta: float = 0.5, label_smoothing: float = 0.0) -> list[float]:
-    return dpo_losses(POLICY_CHOSEN, POLICY_REJECTED, REF_CHOSEN, REF_REJECTED, chosen_tokens=CHOSEN_TOKENS,
-                      rejected_tokens=REJECTED_TOKENS, loss_type=loss_type, beta=beta,
-                      label_smoothing=label_smoothing).tolist()
+    return dpo_losses(
+        POLICY_CHOSEN,
+        POLICY_REJECTED,
+        REF_CHOSEN,
+        REF_REJECTED,
+        chosen_tokens=CHOSEN_TOKENS,
+        rejected_tokens=REJECTED_TOKENS,
+        loss_type=loss_type,
+        beta=beta,
+        label_smoothing=label_smoothing,
+    ).tolist()
 
 
 def _log1pexp(x: float) -> float:
@@ -45,7 +53,8 @@ def test_robust_by_hand() -> None:
     """(0.9 log(1 + e^-1) - 0.1 log(1 + e^1)) / 0.8, and the reverse."""
     low, high = _log1pexp(-1), _log1pexp(1)
     assert _losses("robust", label_smoothing=0.1) == pytest.approx(
-        [(0.9 * low - 0.1 * high) / 0.8, (0.9 * high - 0.1 * low) / 0.8])
+        [(0.9 * low - 0.1 * high) / 0.8, (0.9 * high - 0.1 * low) / 0.8]
+    )
 
 
 def test_hinge_by_hand() -> None:
@@ -61,16 +70,25 @@ def test_ipo_by_hand() -> None:
 @pytest.mark.parametrize("loss_type", ["sigmoid", "sigmoid_norm", "robust"])
 def test_policy_equal_to_reference_gives_ln2(loss_type: str) -> None:
     logps, tokens = torch.tensor([-3.0, -40.0]), torch.tensor([3, 9])
-    losses = dpo_losses(logps, logps - 1, logps, logps - 1, chosen_tokens=tokens, rejected_tokens=tokens,
-                        loss_type=loss_type, beta=0.1)
+    losses = dpo_losses(
+        logps, logps - 1, logps, logps - 1, chosen_tokens=tokens, rejected_tokens=tokens, loss_type=loss_type, beta=0.1
+    )
     assert losses.tolist() == pytest.approx([math.log(2)] * 2, abs=1e-7)
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_gradient_pulls_chosen_up_and_rejected_down(loss_type: str) -> None:
     chosen, rejected = POLICY_CHOSEN.clone().requires_grad_(), POLICY_REJECTED.clone().requires_grad_()
-    dpo_losses(chosen, rejected, REF_CHOSEN, REF_REJECTED, chosen_tokens=CHOSEN_TOKENS,
-               rejected_tokens=REJECTED_TOKENS, loss_type=loss_type, beta=0.1).sum().backward()
+    dpo_losses(
+        chosen,
+        rejected,
+        REF_CHOSEN,
+        REF_REJECTED,
+        chosen_tokens=CHOSEN_TOKENS,
+        rejected_tokens=REJECTED_TOKENS,
+        loss_type=loss_type,
+        beta=0.1,
+    ).sum().backward()
     assert (chosen.grad < 0).all() and (rejected.grad > 0).all()
 
 

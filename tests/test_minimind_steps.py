@@ -23,15 +23,35 @@ from torch import Tensor
 from minimind_dpo.data.tokenized import load_tokenizer, tokenize_files
 
 BETA, LEARNING_RATE, VOCAB, HIDDEN, LAYERS, HEADS, KEY_VALUE_HEADS, HEAD_DIM, INTERMEDIATE, EXPERTS = (
-    0.1, 1e-3, 400, 32, 2, 4, 2, 8, 24, 4)
+    0.1,
+    1e-3,
+    400,
+    32,
+    2,
+    4,
+    2,
+    8,
+    24,
+    4,
+)
 State = dict[str, Tensor]
 
 
 def _flags(**options: Any) -> list[str]:
-    recipe = {"loss_type": "sigmoid_norm", "beta": BETA, "completion_mask": "all_assistant", "max_length": 256,
-              "learning_rate": LEARNING_RATE, "lr_scheduler_type": "minimind", "weight_decay": 0.01,
-              "max_grad_norm": 1.0, "shuffle": "false", "logging_steps": 1, "save_steps": 0,
-              "gradient_accumulation_steps": 1}
+    recipe = {
+        "loss_type": "sigmoid_norm",
+        "beta": BETA,
+        "completion_mask": "all_assistant",
+        "max_length": 256,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "minimind",
+        "weight_decay": 0.01,
+        "max_grad_norm": 1.0,
+        "shuffle": "false",
+        "logging_steps": 1,
+        "save_steps": 0,
+        "gradient_accumulation_steps": 1,
+    }
     return [word for name, value in (recipe | options).items() for word in (f"--{name}", str(value))]
 
 
@@ -47,9 +67,16 @@ def test_measured_run(shared_dir: Path, tmp_path: Path) -> None:
     source = shared_dir / "minimind_steps"
     expected = json.loads((source / "expected_steps.json").read_text())
     tokenizer = shared_dir / "minimind_tokenizer_v2"
-    train_here(_flags(model_name_or_path=source / "full_sft_64.pth", tokenizer_name_or_path=tokenizer,
-                      train_data=source / "dpo.jsonl", output_dir=tmp_path, num_train_epochs=1,
-                      per_device_train_batch_size=4))
+    train_here(
+        _flags(
+            model_name_or_path=source / "full_sft_64.pth",
+            tokenizer_name_or_path=tokenizer,
+            train_data=source / "dpo.jsonl",
+            output_dir=tmp_path,
+            num_train_epochs=1,
+            per_device_train_batch_size=4,
+        )
+    )
     steps = train_lines(tmp_path)
     assert [line["step"] for line in steps] == [step["step"] for step in expected]
     for line, step in zip(steps, expected, strict=True):
@@ -65,8 +92,13 @@ def test_measured_run(shared_dir: Path, tmp_path: Path) -> None:
     assert len(shared) == len(ours)
     assert _relative_change(start, ours, shared) < 1e-3
 
-    data = tokenize_files([str(source / "dpo.jsonl")], load_tokenizer(tokenizer), max_length=256,
-                          completion_mask="all_assistant", on_bad_row="fail").dataset
+    data = tokenize_files(
+        [str(source / "dpo.jsonl")],
+        load_tokenizer(tokenizer),
+        max_length=256,
+        completion_mask="all_assistant",
+        on_bad_row="fail",
+    ).dataset
     counted = [sum(pair["chosen_completion_mask"]) + sum(pair["rejected_completion_mask"]) for pair in data]
     assert [sum(counted[4 * i : 4 * i + 4]) for i in range(6)] == [step["mask_tokens"] for step in expected]
 
@@ -89,15 +121,22 @@ GENERATIONS = [Generation(2, 2, 1e-5, 1, 0.01, False), Generation(3, 1, 1e-6, 0,
 def _random_state(generation: Generation) -> State:
     """Random weights under MiniMind's own keys, large enough that routing is uneven and replies differ."""
     torch.manual_seed(generation.number)
-    swiglu = {"gate_proj": (INTERMEDIATE, HIDDEN), "up_proj": (INTERMEDIATE, HIDDEN),
-              "down_proj": (HIDDEN, INTERMEDIATE)}
+    swiglu = {
+        "gate_proj": (INTERMEDIATE, HIDDEN),
+        "up_proj": (INTERMEDIATE, HIDDEN),
+        "down_proj": (HIDDEN, INTERMEDIATE),
+    }
     heads, key_values = HEADS * HEAD_DIM, KEY_VALUE_HEADS * HEAD_DIM
     state = {"model.embed_tokens.weight": 0.3 * torch.randn(VOCAB, HIDDEN)}
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}."
-        shapes = {"self_attn.q_proj": (heads, HIDDEN), "self_attn.k_proj": (key_values, HIDDEN),
-                  "self_attn.v_proj": (key_values, HIDDEN), "self_attn.o_proj": (HIDDEN, heads),
-                  "mlp.gate": (EXPERTS, HIDDEN)}
+        shapes = {
+            "self_attn.q_proj": (heads, HIDDEN),
+            "self_attn.k_proj": (key_values, HIDDEN),
+            "self_attn.v_proj": (key_values, HIDDEN),
+            "self_attn.o_proj": (HIDDEN, heads),
+            "mlp.gate": (EXPERTS, HIDDEN),
+        }
         for name, count in (("experts", EXPERTS), ("shared_experts", generation.shared_experts)):
             shapes |= {f"mlp.{name}.{i}.{key}": shape for i in range(count) for key, shape in swiglu.items()}
         state |= {f"{prefix}{name}.weight": 0.3 * torch.randn(shape) for name, shape in shapes.items()}
@@ -160,10 +199,15 @@ def _oracle_forward(state: State, input_ids: Tensor, generation: Generation) -> 
     aux_loss = torch.zeros(())
     for layer in range(LAYERS):
         prefix = f"model.layers.{layer}."
-        x = x + _attention(state, f"{prefix}self_attn.", _norm(x, state[f"{prefix}input_layernorm.weight"],
-                                                               generation.eps), generation)
-        output, loss = _experts(state, f"{prefix}mlp.", _norm(x, state[f"{prefix}post_attention_layernorm.weight"],
-                                                              generation.eps), generation)
+        x = x + _attention(
+            state, f"{prefix}self_attn.", _norm(x, state[f"{prefix}input_layernorm.weight"], generation.eps), generation
+        )
+        output, loss = _experts(
+            state,
+            f"{prefix}mlp.",
+            _norm(x, state[f"{prefix}post_attention_layernorm.weight"], generation.eps),
+            generation,
+        )
         x, aux_loss = x + output, aux_loss + loss
     x = _norm(x, state["model.norm.weight"], generation.eps)
     return F.linear(x, state["model.embed_tokens.weight"]).log_softmax(-1), aux_loss  # tied embeddings
@@ -177,8 +221,9 @@ def _score(state: State, ids: list[int], mask: list[int], generation: Generation
     return (logps * counted).sum() / counted.sum(), aux_loss
 
 
-def _oracle_steps(start: State, pairs: list[dict[str, Any]], batch: int, generation: Generation
-                  ) -> Iterator[tuple[float, float, float]]:
+def _oracle_steps(
+    start: State, pairs: list[dict[str, Any]], batch: int, generation: Generation
+) -> Iterator[tuple[float, float, float]]:
     """dpo_loss, aux_loss and gradient norm of AdamW steps in file order; `start` is changed in place."""
     reference = {name: tensor.clone() for name, tensor in start.items()}
     parameters = [tensor.requires_grad_() for name, tensor in start.items() if name != "lm_head.weight"]
@@ -215,22 +260,40 @@ def test_moe_follows_the_oracle(generation: Generation, attn_implementation: str
     start = _random_state(generation)
     model = tmp_path / "full_sft_32_moe.pth"
     torch.save(start, model)
-    data = write_jsonl(tmp_path / "pairs.jsonl", [
-        row("a question", chosen="the quick brown fox", rejected="no"),
-        row("hello there", "the user answers", "thank you", chosen="a longer answer, the fox " * 3, rejected="bad fox"),
-        row("system: quick", "weather in Paris?", chosen="good", rejected="the quick assistant asks " * 2),
-        row("x", chosen="the answer is here", rejected="the answer is not here"),
-        row("why?", "because", "and why?", chosen="brown", rejected="fox jumps over you"),
-        row("two questions: one and two", chosen="answer one two three", rejected="question"),
-        row("hello", chosen="hello there", rejected="hello hello hello hello"),
-        row("the brown fox", chosen="asks", rejected="answers a question"),
-    ])
+    data = write_jsonl(
+        tmp_path / "pairs.jsonl",
+        [
+            row("a question", chosen="the quick brown fox", rejected="no"),
+            row(
+                "hello there",
+                "the user answers",
+                "thank you",
+                chosen="a longer answer, the fox " * 3,
+                rejected="bad fox",
+            ),
+            row("system: quick", "weather in Paris?", chosen="good", rejected="the quick assistant asks " * 2),
+            row("x", chosen="the answer is here", rejected="the answer is not here"),
+            row("why?", "because", "and why?", chosen="brown", rejected="fox jumps over you"),
+            row("two questions: one and two", chosen="answer one two three", rejected="question"),
+            row("hello", chosen="hello there", rejected="hello hello hello hello"),
+            row("the brown fox", chosen="asks", rejected="answers a question"),
+        ],
+    )
     heads = {"num_attention_heads": HEADS} if generation.number == 2 else {}
-    train_here(_flags(model_name_or_path=model, tokenizer_name_or_path=tmp_path / "tokenizer", train_data=data,
-                      output_dir=tmp_path / "run", per_device_train_batch_size=3,
-                      attn_implementation=attn_implementation, **heads))
-    pairs = list(tokenize_files([data], tokenizer, max_length=256, completion_mask="all_assistant",
-                                on_bad_row="fail").dataset)
+    train_here(
+        _flags(
+            model_name_or_path=model,
+            tokenizer_name_or_path=tmp_path / "tokenizer",
+            train_data=data,
+            output_dir=tmp_path / "run",
+            per_device_train_batch_size=3,
+            attn_implementation=attn_implementation,
+            **heads,
+        )
+    )
+    pairs = list(
+        tokenize_files([data], tokenizer, max_length=256, completion_mask="all_assistant", on_bad_row="fail").dataset
+    )
     lines = train_lines(tmp_path / "run")
     expected = list(_oracle_steps(start, pairs, 3, generation))
     assert len(lines) == len(expected) == 3

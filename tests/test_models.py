@@ -18,13 +18,7 @@ from transformers import (
 )
 
 from minimind_dpo.errors import UserError
-from minimind_dpo.models import (
-    MiniMindMoeConfig,
-    MiniMindMoeForCausalLM,
-    load_model,
-    router_aux_loss,
-    router_settings,
-)
+from minimind_dpo.models import MiniMindMoeConfig, MiniMindMoeForCausalLM, load_model, router_aux_loss, router_settings
 from minimind_dpo.models.minimind import MiniMindMoeBlock
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, LAYERS, INTERMEDIATE = 48, 32, 4, 2, 2, 40
@@ -413,9 +407,7 @@ def test_extra_arguments_reach_a_registered_attention(raw_path, generation: int,
 
     def attention(module, query, key, value, attention_mask, scaling, pair_segments=None, **kwargs):
         seen.append((attention_mask, pair_segments, module.layer_idx))
-        output = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
-        )
+        output = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
         return output.transpose(1, 2).contiguous(), None
 
     AttentionInterface.register("test_pair_attention", attention)

@@ -44,14 +44,25 @@ def test_one_micro_batch_keeps_the_order() -> None:
 def test_ranks_have_like_amounts_of_tokens(lengths: list[int]) -> None:
     """No rank has more than the mean and one longest pair (what the greedy rule guarantees, room permitting)."""
     tokens = np.array(lengths)
-    loads = [sum(int(tokens[pair]) for batch in split_step(
-        np.arange(16), tokens, world_size=4, rank=rank, micro_batch_size=16) for pair in batch.pairs)
-        for rank in range(4)]
+    loads = [
+        sum(
+            int(tokens[pair])
+            for batch in split_step(np.arange(16), tokens, world_size=4, rank=rank, micro_batch_size=16)
+            for pair in batch.pairs
+        )
+        for rank in range(4)
+    ]
     assert sum(loads) == tokens.sum() and max(loads) <= tokens.sum() / 4 + tokens.max()
 
 
-@given(num_pairs=st.integers(1, 60), micro=st.integers(1, 5), accumulation=st.integers(1, 4), world=st.integers(1, 4),
-       seed=st.integers(0, 5), shuffle=st.booleans())
+@given(
+    num_pairs=st.integers(1, 60),
+    micro=st.integers(1, 5),
+    accumulation=st.integers(1, 4),
+    world=st.integers(1, 4),
+    seed=st.integers(0, 5),
+    shuffle=st.booleans(),
+)
 def test_every_epoch_counts_every_pair_once(
     num_pairs: int, micro: int, accumulation: int, world: int, seed: int, shuffle: bool
 ) -> None:
@@ -61,8 +72,9 @@ def test_every_epoch_counts_every_pair_once(
         for within in range(1, order.steps_per_epoch + 1):
             pairs = order.step_pairs(epoch * order.steps_per_epoch + within)
             tokens = 1 + pairs * 7 % 50
-            ranks = [split_step(pairs, tokens, world_size=world, rank=rank, micro_batch_size=micro)
-                     for rank in range(world)]
+            ranks = [
+                split_step(pairs, tokens, world_size=world, rank=rank, micro_batch_size=micro) for rank in range(world)
+            ]
             assert len({len(batches) for batches in ranks}) == 1 and len(ranks[0]) <= accumulation
             counted = [pair for batches in ranks for batch in batches if batch.counted for pair in batch.pairs]
             assert sorted(counted) == sorted(pairs.tolist())
@@ -81,7 +93,8 @@ def test_shuffle_depends_on_seed_and_epoch_only() -> None:
     assert epoch(1, 0, 8) != epoch(1, 1, 8) and epoch(1, 0, 8) != epoch(2, 0, 8)
 
 
-@pytest.mark.parametrize(("epochs", "max_steps", "expected"), [
-    (1.0, -1, 3), (2.0, -1, 6), (0.5, -1, 2), (0.01, -1, 1), (9.0, 4, 4)])
+@pytest.mark.parametrize(
+    ("epochs", "max_steps", "expected"), [(1.0, -1, 3), (2.0, -1, 6), (0.5, -1, 2), (0.01, -1, 1), (9.0, 4, 4)]
+)
 def test_total_steps(epochs: float, max_steps: int, expected: int) -> None:
     assert total_steps(21, 8, epochs, max_steps) == expected

@@ -38,9 +38,21 @@ from minimind_dpo.scoring import PairScorer
 REPOSITORY = Path(__file__).resolve().parent.parent
 KINDS = ["llama", "qwen3", "qwen3_moe", "minimind_moe"]
 BILLION = ModelShape(
-    parameters=(10**6,) * 1000, adapters=(), layers=10, hidden=1000, heads=10, query=1000, key_value=200,
-    intermediate=4000, dense_blocks=1, routed=0, gated=True, normed_heads=False, fused=True,
-    vocab=1000)
+    parameters=(10**6,) * 1000,
+    adapters=(),
+    layers=10,
+    hidden=1000,
+    heads=10,
+    query=1000,
+    key_value=200,
+    intermediate=4000,
+    dense_blocks=1,
+    routed=0,
+    gated=True,
+    normed_heads=False,
+    fused=True,
+    vocab=1000,
+)
 
 
 def states(setup: Setup) -> dict[str, float]:
@@ -53,13 +65,16 @@ def states(setup: Setup) -> dict[str, float]:
     return sums
 
 
-@pytest.mark.parametrize(("stage", "world", "weights", "gradients", "optimizer"), [
-    (0, 1, 4, 4, 8),  # autocast keeps fp32 weights: 16 bytes as well, divided otherwise
-    (1, 1, 2, 2 + 2, 12),  # the paper's 2 + 2 + 12, and the reduced partition beside the gradients
-    (1, 64, 2, 2 + 2 / 64, 12 / 64),
-    (2, 64, 2, 2 / 64, 12 / 64),
-    (3, 64, 2 / 64, 2 / 64, 12 / 64),
-])
+@pytest.mark.parametrize(
+    ("stage", "world", "weights", "gradients", "optimizer"),
+    [
+        (0, 1, 4, 4, 8),  # autocast keeps fp32 weights: 16 bytes as well, divided otherwise
+        (1, 1, 2, 2 + 2, 12),  # the paper's 2 + 2 + 12, and the reduced partition beside the gradients
+        (1, 64, 2, 2 + 2 / 64, 12 / 64),
+        (2, 64, 2, 2 / 64, 12 / 64),
+        (3, 64, 2 / 64, 2 / 64, 12 / 64),
+    ],
+)
 def test_model_states_in_bytes_a_parameter(
     stage: int, world: int, weights: float, gradients: float, optimizer: float
 ) -> None:
@@ -85,13 +100,21 @@ def test_buckets_are_those_of_the_configurations() -> None:
         assert sum(item.bytes for item in buckets if item.name == "communication") == 3 * 2 * BUCKET
 
 
-@pytest.mark.parametrize(("name", "stage", "offload", "cpu", "bf16"), [
-    ("zero1", 1, "none", False, True), ("zero2", 2, "none", False, True), ("zero3", 3, "none", False, True),
-    ("zero2_offload", 2, "optimizer", False, True), ("zero3_offload", 3, "all", False, True),
-    ("zero1_cpu", 1, "none", True, False), ("zero2_cpu", 2, "none", True, False),
-    ("zero3_cpu", 3, "none", True, False), ("zero2_offload_cpu", 2, "optimizer", True, False),
-    ("zero3_offload_cpu", 3, "all", True, False),
-])
+@pytest.mark.parametrize(
+    ("name", "stage", "offload", "cpu", "bf16"),
+    [
+        ("zero1", 1, "none", False, True),
+        ("zero2", 2, "none", False, True),
+        ("zero3", 3, "none", False, True),
+        ("zero2_offload", 2, "optimizer", False, True),
+        ("zero3_offload", 3, "all", False, True),
+        ("zero1_cpu", 1, "none", True, False),
+        ("zero2_cpu", 2, "none", True, False),
+        ("zero3_cpu", 3, "none", True, False),
+        ("zero2_offload_cpu", 2, "optimizer", True, False),
+        ("zero3_offload_cpu", 3, "all", True, False),
+    ],
+)
 def test_measured_runs_use_the_settings_of_the_repository(
     name: str, stage: int, offload: str, cpu: bool, bf16: bool
 ) -> None:
@@ -103,10 +126,13 @@ def test_measured_runs_use_the_settings_of_the_repository(
 
 def test_reference_modes() -> None:
     """A frozen fp32 copy, ZeRO's share of it, nothing."""
+
     def held(**options: Any) -> tuple[float, float]:
         parts = reference_parts(BILLION, Setup(world=4, **options))
-        return tuple(sum(item.bytes for item in parts if item.on_host == host) / 1e9  # type: ignore[return-value]
-                     for host in (False, True))
+        return tuple(
+            sum(item.bytes for item in parts if item.on_host == host) / 1e9  # type: ignore[return-value]
+            for host in (False, True)
+        )
 
     assert held(reference="live") == (4, 0)
     assert held(reference="live", stage=2, bf16=True) == (2, 0)
@@ -143,9 +169,17 @@ def test_parameters_are_counted_as_the_model_has_them(kind: str, tmp_path: Path)
 
 
 def test_raw_weights_are_read_by_their_shapes(tmp_path: Path) -> None:
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8,
-        num_key_value_heads=2, tie_word_embeddings=True))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=100,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        )
+    )
     torch.save({name: tensor.half() for name, tensor in model.state_dict().items()}, tmp_path / "full_sft_64.pth")
     shape = read_shape(str(tmp_path / "full_sft_64.pth"))
     assert (shape.parameters, shape.stored) == (tuple(p.numel() for p in model.parameters()), 2)
@@ -154,8 +188,16 @@ def test_raw_weights_are_read_by_their_shapes(tmp_path: Path) -> None:
 def kept_by_autograd(model: PreTrainedModel, setup: Setup, autocast: bool) -> int:
     """Bytes of the tensors that a forward pass over a packed batch keeps for the backward pass, weights left out."""
     generator = torch.Generator().manual_seed(0)
-    rows = [random_row(generator, prefix=setup.prefix, chosen=setup.length - setup.prefix,
-                       rejected=setup.length - setup.prefix, mask="final_turn") for _ in range(setup.pairs)]
+    rows = [
+        random_row(
+            generator,
+            prefix=setup.prefix,
+            chosen=setup.length - setup.prefix,
+            rejected=setup.length - setup.prefix,
+            mask="final_turn",
+        )
+        for _ in range(setup.pairs)
+    ]
     scorer = PairScorer(model.train())
     assert choose_layout(scorer, "pairs", torch.device("cpu")) is PACKED
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -193,8 +235,9 @@ def test_activations_are_what_autograd_keeps(kind: str, lora_r: int | None, auto
 @pytest.mark.parametrize("reference", ["cache", "live", "offload"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_more_ranks_never_need_more_each(stage: int, reference: str, cpu: bool) -> None:
-    totals = [predict(BILLION, Setup(stage=stage, world=world, reference=reference, cpu=cpu), 0)
-              for world in (1, 2, 4, 8, 64)]
+    totals = [
+        predict(BILLION, Setup(stage=stage, world=world, reference=reference, cpu=cpu), 0) for world in (1, 2, 4, 8, 64)
+    ]
     for where in (0, 1):
         sizes = [memory[where].total for memory in totals]
         assert sizes == sorted(sizes, reverse=True)
@@ -218,28 +261,38 @@ def test_parts_add_up_and_name_their_phase() -> None:
 @pytest.fixture
 def model_config(tmp_path: Path) -> str:
     """A directory with nothing but a configuration."""
-    LlamaConfig(vocab_size=640, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
-                num_key_value_heads=2, tie_word_embeddings=True, architectures=["LlamaForCausalLM"]).save_pretrained(
-                    tmp_path)
+    LlamaConfig(
+        vocab_size=640,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(tmp_path)
     return str(tmp_path)
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--zero_stage", "4"], "zero_stage"),
-    (["--reference", "adapter"], "set lora_r too"),
-    (["--zero_stage", "2", "--offload", "all"], "needs zero_stage 3"),
-    (["--zero_stage", "0", "--offload", "optimizer"], "needs zero_stage 2 or 3"),
-    (["--offload", "all"], "set zero_stage too"),
-    (["--num_processes", "0"], "num_processes: must be at least 1"),
-    (["--num_processes", "2", "--processes_per_node", "3"], "more than num_processes"),
-    (["--max_length", "1", "--lora_r", "0"], "lora_r: must be at least 1"),
-    (["--prompt_share", "1"], "prompt_share"),
-    (["--host_memory_gib", "-1"], "host_memory_gib"),
-    (["--measure"], "set zero_stage"),
-    (["--measure", "--zero_stage", "0", "--device", "cuda", "--num_processes", "64"], "use --device cpu"),
-    (["--num_attention_heads", "8"], "leave the flag out"),
-    (["--no_such_flag", "1"], "unrecognized arguments"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--zero_stage", "4"], "zero_stage"),
+        (["--reference", "adapter"], "set lora_r too"),
+        (["--zero_stage", "2", "--offload", "all"], "needs zero_stage 3"),
+        (["--zero_stage", "0", "--offload", "optimizer"], "needs zero_stage 2 or 3"),
+        (["--offload", "all"], "set zero_stage too"),
+        (["--num_processes", "0"], "num_processes: must be at least 1"),
+        (["--num_processes", "2", "--processes_per_node", "3"], "more than num_processes"),
+        (["--max_length", "1", "--lora_r", "0"], "lora_r: must be at least 1"),
+        (["--prompt_share", "1"], "prompt_share"),
+        (["--host_memory_gib", "-1"], "host_memory_gib"),
+        (["--measure"], "set zero_stage"),
+        (["--measure", "--zero_stage", "0", "--device", "cuda", "--num_processes", "64"], "use --device cpu"),
+        (["--num_attention_heads", "8"], "leave the flag out"),
+        (["--no_such_flag", "1"], "unrecognized arguments"),
+    ],
+)
 def test_nonsense_is_one_clear_error(
     flags: list[str], message: str, model_config: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -257,14 +310,36 @@ def test_all_configurations_are_compared(
     model_config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(planning, "process_bytes", lambda: 2.0**29)
-    flags = ["plan", "--model_name_or_path", model_config, "--num_processes", "2", "--device_memory_gib", "80",
-             "--host_memory_gib", "64"]
+    flags = [
+        "plan",
+        "--model_name_or_path",
+        model_config,
+        "--num_processes",
+        "2",
+        "--device_memory_gib",
+        "80",
+        "--host_memory_gib",
+        "64",
+    ]
     assert cli([*flags, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert set(report) == {"model", "parameters", "trained_parameters", "setup", "available_gib", "plans",
-                           "recommended"}
+    assert set(report) == {
+        "model",
+        "parameters",
+        "trained_parameters",
+        "setup",
+        "available_gib",
+        "plans",
+        "recommended",
+    }
     assert [plan["name"] for plan in report["plans"]] == [
-        "multi_gpu", "ds_zero1", "ds_zero2", "ds_zero2_offload", "ds_zero3", "ds_zero3_offload"]
+        "multi_gpu",
+        "ds_zero1",
+        "ds_zero2",
+        "ds_zero2_offload",
+        "ds_zero3",
+        "ds_zero3_offload",
+    ]
     for plan in report["plans"]:
         assert (REPOSITORY / "configs" / "accelerate" / f"{plan['name']}.yaml").is_file()
         assert set(plan) == {"name", "reference", "fits", "device", "host", "host_node_gib"}
@@ -279,7 +354,27 @@ def test_all_configurations_are_compared(
 
 def test_a_real_run_is_within_fifteen_percent(model_config: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Two ranks under ZeRO 2 on this machine; the random weights are made from the configuration."""
-    assert cli(["plan", "--model_name_or_path", model_config, "--num_processes", "2", "--zero_stage", "2", "--device",
-                "cpu", "--per_device_train_batch_size", "2", "--max_length", "128", "--measure", "--json"]) == 0
+    assert (
+        cli(
+            [
+                "plan",
+                "--model_name_or_path",
+                model_config,
+                "--num_processes",
+                "2",
+                "--zero_stage",
+                "2",
+                "--device",
+                "cpu",
+                "--per_device_train_batch_size",
+                "2",
+                "--max_length",
+                "128",
+                "--measure",
+                "--json",
+            ]
+        )
+        == 0
+    )
     measured = json.loads(capsys.readouterr().out)["measured"]
     assert 0.85 < measured["ratio"] < 1.15, measured

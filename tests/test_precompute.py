@@ -53,11 +53,22 @@ def assert_trains_as_if_it_had_filled(
     assert same_bits(directory / "after", directory / "itself")
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"per_device_train_batch_size": 2}, {"max_steps": 1}, {"lora_r": 4}, {"attn_implementation": "sdpa"},
-    {"gradient_checkpointing": "true"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"per_device_train_batch_size": 2},
+        {"max_steps": 1},
+        {"lora_r": 4},
+        {"attn_implementation": "sdpa"},
+        {"gradient_checkpointing": "true"},
+    ],
+)
 def test_training_computes_nothing(
-    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    inputs: Inputs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
     options: dict[str, Any],
 ) -> None:
     options = {"eval_data": inputs.eval_data} | options
@@ -72,9 +83,7 @@ def test_training_computes_nothing(
 
 
 @pytest.mark.parametrize("accelerate", ["multi_cpu", "ds_zero3_cpu"])
-def test_two_ranks_for_one(
-    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accelerate: str
-) -> None:
+def test_two_ranks_for_one(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accelerate: str) -> None:
     """Two ranks, sharing the pairs or the model as well, fill the cache that a run on one process reads."""
     options = {"train_data": long_data(tmp_path / "long.jsonl", 150), "max_steps": 19, "logging_steps": 5}
     result = precompute(inputs.flags(tmp_path / "unused", **options | {"max_steps": -1}), accelerate)
@@ -86,10 +95,19 @@ def test_two_ranks_for_one(
 
 def long_data(path: Path, pairs: int) -> Path:
     rng = random.Random(1)
-    path.write_text("".join(
-        json.dumps({"prompt": f"{number} {' '.join(rng.choices(WORDS, k=8))}", "chosen": f"a {rng.choice(WORDS)}",
-                    "rejected": f"the {' '.join(rng.choices(WORDS, k=rng.randint(1, 20)))}"}) + "\n"
-        for number in range(pairs)))
+    path.write_text(
+        "".join(
+            json.dumps(
+                {
+                    "prompt": f"{number} {' '.join(rng.choices(WORDS, k=8))}",
+                    "chosen": f"a {rng.choice(WORDS)}",
+                    "rejected": f"the {' '.join(rng.choices(WORDS, k=rng.randint(1, 20)))}",
+                }
+            )
+            + "\n"
+            for number in range(pairs)
+        )
+    )
     return path
 
 
@@ -112,9 +130,16 @@ def test_a_signal_stops_it_and_it_goes_on(inputs: Inputs, tmp_path: Path, number
     assert f"{kept} found" in result.stdout
 
 
-@pytest.mark.parametrize(("options", "fills"), [
-    ({}, False), ({"max_steps": 2}, False), ({"num_train_epochs": 2}, True), ({"max_steps": 4}, True),
-    ({"eval_data": "held out"}, True)])
+@pytest.mark.parametrize(
+    ("options", "fills"),
+    [
+        ({}, False),
+        ({"max_steps": 2}, False),
+        ({"num_train_epochs": 2}, True),
+        ({"max_steps": 4}, True),
+        ({"eval_data": "held out"}, True),
+    ],
+)
 def test_auto_fills_a_cache_only_to_read_it_twice(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], fills: bool
 ) -> None:

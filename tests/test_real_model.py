@@ -82,9 +82,10 @@ def _rows(pairs: list[tuple[str, str, str]]) -> list[dict[str, str]]:
 def _reply(model: Any, tokenizer: Any, question: str) -> str:
     """The greedy answer, at most 32 tokens."""
     inputs = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip()
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
 def _check_replies(path: Path, tokenizer: Any, title: str) -> None:
@@ -101,14 +102,25 @@ def _check_replies(path: Path, tokenizer: Any, title: str) -> None:
 def test_learns_and_still_speaks(model_dir: Path, tmp_path: Path) -> None:
     """Eight optimizer steps of four pairs, twice the recipe's learning rate: the loss falls, on held-out pairs too."""
     options = {
-        "config": REPOSITORY / "configs" / "dpo" / "smollm2_135m.yaml", "model_name_or_path": model_dir,
+        "config": REPOSITORY / "configs" / "dpo" / "smollm2_135m.yaml",
+        "model_name_or_path": model_dir,
         "train_data": write_jsonl(tmp_path / "train.jsonl", _rows(PAIRS)),
-        "eval_data": write_jsonl(tmp_path / "held_out.jsonl", _rows(HELD_OUT)), "output_dir": tmp_path / "run",
-        "gradient_accumulation_steps": 1, "num_train_epochs": 2, "learning_rate": 2e-6, "logging_steps": 1,
-        "save_steps": 0}
+        "eval_data": write_jsonl(tmp_path / "held_out.jsonl", _rows(HELD_OUT)),
+        "output_dir": tmp_path / "run",
+        "gradient_accumulation_steps": 1,
+        "num_train_epochs": 2,
+        "learning_rate": 2e-6,
+        "logging_steps": 1,
+        "save_steps": 0,
+    }
     flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    result = subprocess.run(command(flags), env=environment(OMP_NUM_THREADS=str(len(os.sched_getaffinity(0)))),
-                            stderr=subprocess.PIPE, text=True, timeout=1800)
+    result = subprocess.run(
+        command(flags),
+        env=environment(OMP_NUM_THREADS=str(len(os.sched_getaffinity(0)))),
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=1800,
+    )
     assert result.returncode == 0, result.stderr
 
     steps = train_lines(tmp_path / "run")

@@ -61,8 +61,10 @@ def scorer() -> Scorer:
 def make_data(seed: int = 0, pairs: int = PAIRS) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(seed)
     sizes = np.random.Generator(np.random.PCG64(seed)).integers(1, 12, (pairs, 3)).tolist()
-    return [random_row(generator, prefix=prefix, chosen=chosen, rejected=rejected, mask="final_turn")
-            for prefix, chosen, rejected in sizes]
+    return [
+        random_row(generator, prefix=prefix, chosen=chosen, rejected=rejected, mask="final_turn")
+        for prefix, chosen, rejected in sizes
+    ]
 
 
 def needed(rows: list[dict[str, Any]], positions: Sequence[int] | None = None) -> Needed:
@@ -103,8 +105,9 @@ def test_values_are_the_live_ones(tmp_path: Path, scorer: Scorer) -> None:
     cache.open(cache.marked([needed(rows)]) or [])
     batch = pack_pairs(rows[3:9])
     live = LiveReference(scorer, Accelerator(cpu=True).autocast)
-    torch.testing.assert_close(CachedReference(cache).per_token_logps(batch), live.per_token_logps(batch),
-                               rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        CachedReference(cache).per_token_logps(batch), live.per_token_logps(batch), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("chunks", range(7))
@@ -125,9 +128,7 @@ def test_interrupted_anywhere(tmp_path: Path, scorer: Scorer, chunks: int) -> No
 
 
 @pytest.mark.parametrize("operations", range(16))
-def test_killed_between_files(
-    tmp_path: Path, scorer: Scorer, monkeypatch: pytest.MonkeyPatch, operations: int
-) -> None:
+def test_killed_between_files(tmp_path: Path, scorer: Scorer, monkeypatch: pytest.MonkeyPatch, operations: int) -> None:
     """Of (two chunks, their segment, two deletions) three times and a marker only the first `operations` happened."""
     rows = needed(make_data())
     fill(tmp_path / "whole", scorer, rows)
@@ -243,8 +244,9 @@ def test_values_of_a_pair_scored_twice(tmp_path: Path) -> None:
     key, others = b"k" * 16, [bytes([n]) * 16 for n in range(4)]
     low, high = np.array([-2.0, -1.0], np.float32), np.array([-2.0, -1.5], np.float32)
     found = set()
-    for index, (order, merged) in enumerate([((low, high), True), ((high, low), True), ((low, high), False),
-                                             ((high, low), False)]):
+    for index, (order, merged) in enumerate(
+        [((low, high), True), ((high, low), True), ((low, high), False), ((high, low), False)]
+    ):
         cache = ReferenceCache(tmp_path / str(index))
         for other, value in zip(others, order, strict=False):
             cache.write_chunk([key, other], [value, value])

@@ -21,8 +21,9 @@ def test_against_transformers(name: str) -> None:
     ours = learning_rate_schedule(name, 2e-4, 20, 0.25)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=2e-4)
     specific = {"min_lr_rate": 0.1} if name == "cosine_with_min_lr" else None
-    oracle = get_scheduler(name, optimizer, num_warmup_steps=5, num_training_steps=20,
-                           scheduler_specific_kwargs=specific)
+    oracle = get_scheduler(
+        name, optimizer, num_warmup_steps=5, num_training_steps=20, scheduler_specific_kwargs=specific
+    )
     for step in range(1, 21):
         assert ours(step) == pytest.approx(oracle.get_last_lr()[0], rel=1e-12, abs=1e-15)
         optimizer.step()

@@ -27,9 +27,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(
-    cluster: Cluster, inputs: Inputs, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
+def undisturbed(cluster: Cluster, inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The run directory of a 2-node job that nobody disturbed, by accelerate configuration; made once."""
     made: dict[str, Path] = {}
 
@@ -50,8 +48,15 @@ def undisturbed(
 
 def config(inputs: Inputs, directory: Path, **options: object) -> Path:
     """The training configuration of a run of `STEPS` steps into `directory`/run."""
-    return write_config(inputs, directory, max_steps=STEPS, per_device_train_batch_size=2,
-                        gradient_accumulation_steps=1, learning_rate=1e-3, **options)
+    return write_config(
+        inputs,
+        directory,
+        max_steps=STEPS,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=1,
+        learning_rate=1e-3,
+        **options,
+    )
 
 
 def checkpoints(run: Path) -> list[str]:
@@ -74,8 +79,9 @@ def test_before_the_time_limit_the_job_saves_and_queues_itself(
 ) -> None:
     """A limit of 2 minutes, a signal a minute before (SLURM is up to a minute early), 2.2 s a step until then."""
     whole = undisturbed("ds_zero2_cpu")
-    number = cluster.submit("ds_zero2_cpu", config(inputs, tmp_path, save_steps=1), "--time=2", "--signal=USR1@60",
-                            SLOW_CHECKPOINTS="2.2")
+    number = cluster.submit(
+        "ds_zero2_cpu", config(inputs, tmp_path, save_steps=1), "--time=2", "--signal=USR1@60", SLOW_CHECKPOINTS="2.2"
+    )
     job = cluster.wait_for(number, "COMPLETED", "FAILED", "TIMEOUT")
     assert job.state == "COMPLETED" and 1 <= job.restarts <= 3, cluster.logs(number)
     assert "stopped early with a checkpoint; queued again" in cluster.logs(number)
@@ -88,8 +94,9 @@ def test_a_signalled_job_saves_and_queues_itself(
 ) -> None:
     """The same by hand, under ZeRO-3, with the script for short pieces."""
     whole = undisturbed("ds_zero3_cpu")
-    number = cluster.submit("ds_zero3_cpu", config(inputs, tmp_path, save_steps=1), script="requeue",
-                            SLOW_CHECKPOINTS="0.5")
+    number = cluster.submit(
+        "ds_zero3_cpu", config(inputs, tmp_path, save_steps=1), script="requeue", SLOW_CHECKPOINTS="0.5"
+    )
     wait_for_checkpoints(cluster, number, tmp_path / "run")
     cluster.call("scancel", "--signal=USR1", number)
     job = cluster.wait_for(number, "COMPLETED", "FAILED")
@@ -114,9 +121,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(
     assert same_bits(tmp_path / "run", whole)
 
 
-def test_a_node_dies(
-    cluster: Cluster, inputs: Inputs, undisturbed: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_a_node_dies(cluster: Cluster, inputs: Inputs, undisturbed: Callable[[str], Path], tmp_path: Path) -> None:
     """SIGKILL of a node's slurmd and of all that ran on it; the node comes back once SLURM has noticed."""
     whole = undisturbed("ds_zero2_cpu")
     number = cluster.submit("ds_zero2_cpu", config(inputs, tmp_path, save_steps=4), SLOW_CHECKPOINTS="2")

@@ -34,9 +34,24 @@ from minimind_dpo.training.checkpoint import checkpoint_problem
 from minimind_dpo.training.run_directory import held
 
 CONTRACT_METRICS = {
-    "step", "epoch", "pairs_seen", "loss", "dpo_loss", "aux_loss", "learning_rate", "grad_norm", "rewards/chosen",
-    "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "pairs_per_second",
-    "tokens_per_second", "peak_memory_gib"}
+    "step",
+    "epoch",
+    "pairs_seen",
+    "loss",
+    "dpo_loss",
+    "aux_loss",
+    "learning_rate",
+    "grad_norm",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "pairs_per_second",
+    "tokens_per_second",
+    "peak_memory_gib",
+}
 
 
 def test_run_directory(inputs: Inputs, tmp_path: Path) -> None:
@@ -80,17 +95,32 @@ def test_live_and_cached_reference_agree(inputs: Inputs, tmp_path: Path) -> None
     assert relative_distance(tmp_path / "live", tmp_path / "cache") < 1e-5
 
 
-@pytest.mark.parametrize(("batch", "accumulation", "accelerate"), [
-    (1, 8, None), (2, 4, None), (2, 2, "multi_cpu"), (1, 4, "multi_cpu"),
-    (2, 2, "ds_zero1_cpu"), (2, 2, "ds_zero2_cpu")])
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "accelerate"),
+    [
+        (1, 8, None),
+        (2, 4, None),
+        (2, 2, "multi_cpu"),
+        (1, 4, "multi_cpu"),
+        (2, 2, "ds_zero1_cpu"),
+        (2, 2, "ds_zero2_cpu"),
+    ],
+)
 def test_factorisation_does_not_matter(
     inputs: Inputs, tmp_path: Path, batch: int, accumulation: int, accelerate: str | None
 ) -> None:
     """21 pairs in global batches of 8, against micro-batches of 8 on one process."""
-    train_here(inputs.flags(tmp_path / "whole", per_device_train_batch_size=8, gradient_accumulation_steps=1,
-                            learning_rate=1e-3))
-    flags = inputs.flags(tmp_path / "parts", per_device_train_batch_size=batch,
-                         gradient_accumulation_steps=accumulation, learning_rate=1e-3)
+    train_here(
+        inputs.flags(
+            tmp_path / "whole", per_device_train_batch_size=8, gradient_accumulation_steps=1, learning_rate=1e-3
+        )
+    )
+    flags = inputs.flags(
+        tmp_path / "parts",
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=1e-3,
+    )
     if accelerate is None:
         train_here(flags)
     else:
@@ -118,8 +148,9 @@ def test_reading_later_and_workers_change_nothing(
     train_here(inputs.flags(tmp_path / "ahead", num_train_epochs=2, logging_steps=4, dataloader_num_workers=1))
     assert same_bits(tmp_path / "ahead", tmp_path / "plain")
     names = ("step", "loss", "grad_norm", "rewards/margins", "pairs_seen")
-    ahead, plain = ([[line[name] for name in names] for line in train_lines(tmp_path / run)]
-                    for run in ("ahead", "plain"))
+    ahead, plain = (
+        [[line[name] for name in names] for line in train_lines(tmp_path / run)] for run in ("ahead", "plain")
+    )
     assert ahead == plain
     with pytest.raises(TrainingError, match="of optimizer step 2 is not finite"):
         train_here(inputs.flags(tmp_path / "lost", logging_steps=10, learning_rate="1e30", max_grad_norm=0))
@@ -153,15 +184,26 @@ def test_same_command_same_bits(inputs: Inputs, tmp_path: Path, accelerate: str 
 @pytest.mark.parametrize("accelerate", [None, "multi_cpu"])
 def test_killed_again_and_again(inputs: Inputs, tmp_path: Path, accelerate: str | None) -> None:
     """SIGKILL of the process group at random moments; `--resume auto` ends with the undisturbed run's bits."""
-    options = dict(num_train_epochs=6, gradient_accumulation_steps=1, per_device_train_batch_size=2, save_steps=2,
-                   eval_data=inputs.eval_data, eval_steps=5)
+    options = dict(
+        num_train_epochs=6,
+        gradient_accumulation_steps=1,
+        per_device_train_batch_size=2,
+        save_steps=2,
+        eval_data=inputs.eval_data,
+        eval_steps=5,
+    )
     undisturbed = run_command(inputs.flags(tmp_path / "undisturbed", **options), accelerate)
     assert undisturbed.returncode == 0, undisturbed.stderr
 
     flags, rng, kills = inputs.flags(tmp_path / "killed", **options), random.Random(7), 0
     for _ in range(5):
-        process = subprocess.Popen(command(flags, accelerate), env=environment(), start_new_session=True,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(flags, accelerate),
+            env=environment(),
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         _wait_for_progress(process, tmp_path / "killed" / "metrics.jsonl")
         time.sleep(rng.uniform(0.0, 0.6))
         if process.poll() is not None:
@@ -174,16 +216,18 @@ def test_killed_again_and_again(inputs: Inputs, tmp_path: Path, accelerate: str 
     assert kills >= 1
     assert same_bits(tmp_path / "killed", tmp_path / "undisturbed")
     names = ("step", "loss", "eval_loss", "grad_norm", "rewards/margins")
-    killed, whole = ([[line.get(name) for name in names] for line in lines(tmp_path / run)]
-                     for run in ("killed", "undisturbed"))
+    killed, whole = (
+        [[line.get(name) for name in names] for line in lines(tmp_path / run)] for run in ("killed", "undisturbed")
+    )
     assert killed == whole
 
 
 def test_ranks_end_with_their_launcher(inputs: Inputs, tmp_path: Path) -> None:
     """torchrun gives its ranks sessions of their own: killing it must not leave them training."""
     flags = inputs.flags(tmp_path / "run", num_train_epochs=500)
-    process = subprocess.Popen(command(flags, "multi_cpu"), env=environment(), stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(flags, "multi_cpu"), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     _wait_for_progress(process, tmp_path / "run" / "metrics.jsonl")
     ranks = psutil.Process(process.pid).children(recursive=True)
     assert len(ranks) >= 2
@@ -196,8 +240,10 @@ def test_ranks_end_with_their_launcher(inputs: Inputs, tmp_path: Path) -> None:
 def test_one_run_a_directory(inputs: Inputs, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     with held(directory):
-        with pytest.raises(UserError, match=rf"is in use by another run \(process {os.getpid()} on "), \
-                held(directory, patience=0.3):
+        with (
+            pytest.raises(UserError, match=rf"is in use by another run \(process {os.getpid()} on "),
+            held(directory, patience=0.3),
+        ):
             pass
     assert train_here(inputs.flags(directory, max_steps=1)) == 0  # free again
 
@@ -217,8 +263,14 @@ def test_sigterm_saves_and_exits_75(inputs: Inputs, tmp_path: Path, accelerate: 
     """A stopped run ends with exit code 75 and a checkpoint, and continues to the undisturbed run's bits."""
     options = dict(num_train_epochs=20, gradient_accumulation_steps=1, per_device_train_batch_size=2)
     flags = inputs.flags(tmp_path / "stopped", **options)
-    process = subprocess.Popen(command(flags, accelerate), env=environment(), start_new_session=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(flags, accelerate),
+        env=environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     _wait_for_progress(process, tmp_path / "stopped" / "metrics.jsonl")
     process.terminate()
     _, stderr = process.communicate(timeout=120)
@@ -263,7 +315,8 @@ def test_damaged_checkpoint_is_passed_over(inputs: Inputs, tmp_path: Path) -> No
     data[len(data) // 2] ^= 1
     newest.write_bytes(data)
     assert checkpoint_problem(newest.parent) == (
-        "state-00000-00000.safetensors is damaged (its sha256 differs from manifest.json)")
+        "state-00000-00000.safetensors is damaged (its sha256 differs from manifest.json)"
+    )
     train_here(flags)
     assert same_bits(tmp_path / "damaged", tmp_path / "whole")
 
@@ -276,30 +329,37 @@ def test_resuming_an_older_checkpoint_sets_later_ones_aside(inputs: Inputs, tmp_
     before = weights(tmp_path)
     train_here(inputs.flags(tmp_path, resume=checkpoints / "step-000002", **options))
     assert sorted(path.name for path in checkpoints.iterdir()) == [
-        "abandoned-step-000004", "abandoned-step-000006", "step-000002", "step-000004", "step-000006"]
+        "abandoned-step-000004",
+        "abandoned-step-000006",
+        "step-000002",
+        "step-000004",
+        "step-000006",
+    ]
     assert all((weights(tmp_path)[name] == tensor).all() for name, tensor in before.items())
     assert [line["step"] for line in train_lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_longer_run_continues_with_a_notice(
-    inputs: Inputs, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_longer_run_continues_with_a_notice(inputs: Inputs, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train_here(inputs.flags(tmp_path, save_steps=2))
     train_here(inputs.flags(tmp_path, save_steps=2, num_train_epochs=2))
     assert "the run now has 6 steps, not 3" in caplog.text
     assert [line["step"] for line in train_lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize(("options", "code", "message"), [
-    ({"beta": "-1"}, 2, "beta: must be positive"),
-    ({"train_data": "missing.jsonl"}, 2, "missing.jsonl"),
-    ({"model_name_or_path": "nowhere/model"}, 2, "nowhere/model"),
-    ({"report_to": "wandb"}, 2, "set WANDB_MODE=offline"),
-    ({"learning_rate": "1e30", "max_grad_norm": 0}, 1, "of optimizer step 2 is not finite"),
-])
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ({"beta": "-1"}, 2, "beta: must be positive"),
+        ({"train_data": "missing.jsonl"}, 2, "missing.jsonl"),
+        ({"model_name_or_path": "nowhere/model"}, 2, "nowhere/model"),
+        ({"report_to": "wandb"}, 2, "set WANDB_MODE=offline"),
+        ({"learning_rate": "1e30", "max_grad_norm": 0}, 1, "of optimizer step 2 is not finite"),
+    ],
+)
 def test_exit_codes(inputs: Inputs, tmp_path: Path, options: dict[str, str], code: int, message: str) -> None:
-    result = run_command(inputs.flags(tmp_path, **options), WANDB_MODE="online", WANDB_API_KEY="",
-                         WANDB_BASE_URL="http://127.0.0.1:9")
+    result = run_command(
+        inputs.flags(tmp_path, **options), WANDB_MODE="online", WANDB_API_KEY="", WANDB_BASE_URL="http://127.0.0.1:9"
+    )
     assert result.returncode == code and message in result.stderr
     assert "Traceback" not in result.stderr
 

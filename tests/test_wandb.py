@@ -55,8 +55,7 @@ def _history(path: Path) -> dict[int, dict[str, Any]]:
     history = {}
     for record in _records(path):
         if record.WhichOneof("record_type") == "history":
-            row = {item.key or "/".join(item.nested_key): json.loads(item.value_json)
-                   for item in record.history.item}
+            row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
             history[int(row["_step"])] = row
     return history
 
@@ -81,8 +80,15 @@ def _assert_same_numbers(history: dict[int, dict[str, Any]], logged: list[dict[s
 
 def test_history_is_metrics_jsonl(inputs: Inputs, tmp_path: Path) -> None:
     """Two ranks, one W&B run inside the run directory: every logged step and evaluation, the settings, no secret."""
-    flags = inputs.flags(tmp_path / "run", report_to="wandb", run_name="tiny run", eval_data=inputs.eval_data,
-                         eval_steps=2, num_train_epochs=2, gradient_accumulation_steps=1)
+    flags = inputs.flags(
+        tmp_path / "run",
+        report_to="wandb",
+        run_name="tiny run",
+        eval_data=inputs.eval_data,
+        eval_steps=2,
+        num_train_epochs=2,
+        gradient_accumulation_steps=1,
+    )
     result = run_command(flags, "multi_cpu", **OFFLINE)
     assert result.returncode == 0, result.stderr
 
@@ -107,8 +113,13 @@ def test_history_is_metrics_jsonl(inputs: Inputs, tmp_path: Path) -> None:
 def _stop_after_a_checkpoint(flags: list[str], checkpoints: Path, stop: signal.Signals) -> int:
     """Start the command, stop it once there is a newer checkpoint, and return the step of the newest one then."""
     before = _newest_step(checkpoints)
-    process = subprocess.Popen(command(flags), env=environment(**OFFLINE), start_new_session=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(flags),
+        env=environment(**OFFLINE),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.time() + 240
     while process.poll() is None and time.time() < deadline and _newest_step(checkpoints) == before:
         time.sleep(0.05)
@@ -123,8 +134,14 @@ def _newest_step(checkpoints: Path) -> int:
 
 def test_resumed_run_goes_on_reporting(inputs: Inputs, tmp_path: Path) -> None:
     """Killed, resumed, stopped, resumed: three sessions of one W&B run, each going on where its checkpoint was."""
-    flags = inputs.flags(tmp_path, report_to="wandb", num_train_epochs=20, save_steps=2,
-                         per_device_train_batch_size=2, gradient_accumulation_steps=1)
+    flags = inputs.flags(
+        tmp_path,
+        report_to="wandb",
+        num_train_epochs=20,
+        save_steps=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=1,
+    )
     killed = _stop_after_a_checkpoint(flags, tmp_path / "checkpoints", signal.SIGKILL)
     stopped = _stop_after_a_checkpoint(flags, tmp_path / "checkpoints", signal.SIGTERM)
     result = run_command(flags, **OFFLINE)

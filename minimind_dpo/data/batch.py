@@ -158,13 +158,26 @@ def pack_pairs(rows: Sequence[dict[str, Any]]) -> PairBatch:
         ]
         counts.append((len(chosen.targets), len(rejected.targets)))
         branch = np.arange(start + prefix + segment.chosen, start + segment.length)
-        sequences += [np.arange(start, start + prefix + segment.chosen),
-                      np.concatenate([np.arange(start, start + prefix), branch])]
+        sequences += [
+            np.arange(start, start + prefix + segment.chosen),
+            np.concatenate([np.arange(start, start + prefix), branch]),
+        ]
         segments.append(segment)
         start += segment.length
         entries = own_start + len(chosen_own) + len(rejected_own)
-    return _batch(rows, _row(input_ids), _row(position_ids), None, tuple(segments), logit_positions, target_ids,
-                  token_index, counts, sequences, num_tokens=start)
+    return _batch(
+        rows,
+        _row(input_ids),
+        _row(position_ids),
+        None,
+        tuple(segments),
+        logit_positions,
+        target_ids,
+        token_index,
+        counts,
+        sequences,
+        num_tokens=start,
+    )
 
 
 def pad_pairs(rows: Sequence[dict[str, Any]]) -> PairBatch:
@@ -184,8 +197,19 @@ def pad_pairs(rows: Sequence[dict[str, Any]]) -> PairBatch:
     counts = [(len(a.targets), len(b.targets)) for a, b in zip(sides[::2], sides[1::2], strict=True)]
     position_ids = torch.arange(width).expand(shape)
     token_index = [np.arange(sum(map(sum, counts)))]
-    return _batch(rows, torch.from_numpy(input_ids), position_ids, torch.from_numpy(attention_mask), None,
-                  logit_positions, target_ids, token_index, counts, sequences, num_tokens=int(attention_mask.sum()))
+    return _batch(
+        rows,
+        torch.from_numpy(input_ids),
+        position_ids,
+        torch.from_numpy(attention_mask),
+        None,
+        logit_positions,
+        target_ids,
+        token_index,
+        counts,
+        sequences,
+        num_tokens=int(attention_mask.sum()),
+    )
 
 
 def _row(parts: list[np.ndarray]) -> Tensor:
@@ -193,18 +217,33 @@ def _row(parts: list[np.ndarray]) -> Tensor:
 
 
 def _batch(
-    rows: Sequence[dict[str, Any]], input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None,
-    segments: tuple[PairSegment, ...] | None, logit_positions: list[np.ndarray], target_ids: list[np.ndarray],
-    token_index: list[np.ndarray], counts: list[tuple[int, int]], sequences: list[np.ndarray], num_tokens: int,
+    rows: Sequence[dict[str, Any]],
+    input_ids: Tensor,
+    position_ids: Tensor,
+    attention_mask: Tensor | None,
+    segments: tuple[PairSegment, ...] | None,
+    logit_positions: list[np.ndarray],
+    target_ids: list[np.ndarray],
+    token_index: list[np.ndarray],
+    counts: list[tuple[int, int]],
+    sequences: list[np.ndarray],
+    num_tokens: int,
 ) -> PairBatch:
     tokens = torch.tensor(counts)
     return PairBatch(
-        input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, segments=segments,
-        logit_positions=_row(logit_positions)[0], target_ids=_row(target_ids)[0],
-        state_positions=torch.from_numpy(np.unique(np.concatenate(logit_positions))), token_index=_row(token_index)[0],
-        chosen_tokens=tokens[:, 0], rejected_tokens=tokens[:, 1],
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=attention_mask,
+        segments=segments,
+        logit_positions=_row(logit_positions)[0],
+        target_ids=_row(target_ids)[0],
+        state_positions=torch.from_numpy(np.unique(np.concatenate(logit_positions))),
+        token_index=_row(token_index)[0],
+        chosen_tokens=tokens[:, 0],
+        rejected_tokens=tokens[:, 1],
         side_sizes=tuple(size for pair in counts for size in pair),
         sequences=tuple(torch.from_numpy(sequence) for sequence in sequences),
         weights=torch.tensor([float(row.get("weight", 1.0)) for row in rows]),
-        keys=tuple(pair_key(row) for row in rows), num_tokens=num_tokens,
+        keys=tuple(pair_key(row) for row in rows),
+        num_tokens=num_tokens,
     )

@@ -16,9 +16,7 @@ from typing import Any
 
 # GPT-2's pattern with \p{L}, \p{N} and \s written out for ASCII (Python's own \s has four control characters more), and
 # letters first: no other part matches where they do.
-_WORD = re.compile(
-    r" ?[A-Za-z]+|'(?:s|t|re|ve|m|ll|d)| ?[0-9]+| ?[^\t-\r A-Za-z0-9]+|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+"
-)
+_WORD = re.compile(r" ?[A-Za-z]+|'(?:s|t|re|ve|m|ll|d)| ?[0-9]+| ?[^\t-\r A-Za-z0-9]+|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+")
 _MOST_CHARACTERS = 4_000_000  # in the table of words, so that memory doesn't grow with the data
 
 

@@ -96,9 +96,7 @@ def preference_pairs(split: Split, count: int, seed: int, wrong_share: float = 0
             rejected = reply_of(kind, slots, manner, rng, answer=KINDS[kind].mistake(slots, rng))
         else:
             rejected = reply_of(kind, slots, other, rng)
-        rows.append(
-            {"chosen": [user(prompt), assistant(chosen)], "rejected": [user(prompt), assistant(rejected)]}
-        )
+        rows.append({"chosen": [user(prompt), assistant(chosen)], "rejected": [user(prompt), assistant(rejected)]})
     return rows
 
 

@@ -23,9 +23,7 @@ SOUNDS = dict(
         "pig oink, sheep baa, snake hiss"
     ).split(", ")
 )
-_OPPOSITES = "hot cold, big small, long short, wet dry, dark bright, loud quiet, clean dirty, good bad".split(
-    ", "
-)
+_OPPOSITES = "hot cold, big small, long short, wet dry, dark bright, loud quiet, clean dirty, good bad".split(", ")
 OPPOSITES = {a: b for pair in _OPPOSITES for a, b in (pair.split(), pair.split()[::-1])}
 
 Slots = dict[str, str]

@@ -20,8 +20,7 @@ ADAPTER = "default"
 
 
 def add_adapters(
-    model: PreTrainedModel, *, r: int, alpha: float, dropout: float, target_modules: Sequence[str], base: str,
-    seed: int,
+    model: PreTrainedModel, *, r: int, alpha: float, dropout: float, target_modules: Sequence[str], base: str, seed: int
 ) -> None:
     """Freeze `model` and put trainable LoRA matrices beside its linear layers, in place.
 
@@ -37,8 +36,14 @@ def add_adapters(
     Raises:
         UserError: no layer of the model has such a name.
     """
-    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, task_type="CAUSAL_LM",  # type: ignore[arg-type]
-                        target_modules=list(target_modules) or "all-linear", base_model_name_or_path=base)
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        task_type="CAUSAL_LM",  # type: ignore[arg-type]
+        target_modules=list(target_modules) or "all-linear",
+        base_model_name_or_path=base,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
@@ -82,8 +87,9 @@ class Weight(NamedTuple):
 
 def merged_weights(model: PreTrainedModel) -> Iterator[Weight]:
     """Every weight of `model` under its plain name, a tied one once; LoRA matrices are merged into theirs."""
-    adapted = {f"{name}.base_layer.weight": module for name, module in model.named_modules()
-               if isinstance(module, LoraLayer)}
+    adapted = {
+        f"{name}.base_layer.weight": module for name, module in model.named_modules() if isinstance(module, LoraLayer)
+    }
     for name, parameter in model.named_parameters():
         if not any(part.startswith("lora_") for part in name.split(".")):
             yield Weight(name.replace(".base_layer.", "."), parameter, adapted.get(name))

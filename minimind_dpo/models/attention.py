@@ -29,9 +29,16 @@ PAIR_ATTENTION = "minimind_dpo_pairs"
 
 
 def pair_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, dropout: float = 0.0, pair_segments: Sequence[PairSegment] | None = None,
-    sliding_window: int | None = None, **kwargs: Any,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    pair_segments: Sequence[PairSegment] | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each packed pair.
 
@@ -67,7 +74,8 @@ def pair_attention(
         wanted = None if rows is None or rows.positions is None else tuple(rows.positions.tolist())
         with torch.autocast("cpu", enabled=False):
             output = CpuPairAttention.apply(
-                query.float(), key.float(), value.float(), segments, scaling, sliding_window, wanted)
+                query.float(), key.float(), value.float(), segments, scaling, sliding_window, wanted
+            )
         return output.to(query.dtype), None
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
         return varlen_attention(query, key, value, segments, scaling, sliding_window), None
@@ -83,17 +91,31 @@ def _mask(query: Tensor, key: Tensor, window: int | None) -> Tensor | None:
 
 
 def sdpa_attention(
-    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[PairSegment], scaling: float | None,
-    window: int | None, dropout: float = 0.0,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Sequence[PairSegment],
+    scaling: float | None,
+    window: int | None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Scaled dot product attention a segment at a time, for any device and type; arguments of `pair_attention`."""
     outputs = []
     for part in pair_parts(segments):
         queries, keys = query[:, :, part.queries], part_keys(key, part)
         mask = _mask(queries, keys, window)
-        outputs.append(F.scaled_dot_product_attention(
-            queries, keys, part_keys(value, part), attn_mask=mask, is_causal=mask is None, scale=scaling,
-            dropout_p=dropout, enable_gqa=query.shape[1] != key.shape[1]))
+        outputs.append(
+            F.scaled_dot_product_attention(
+                queries,
+                keys,
+                part_keys(value, part),
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scaling,
+                dropout_p=dropout,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+        )
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
@@ -116,18 +138,26 @@ class _VarlenPlan(NamedTuple):
 @lru_cache(maxsize=8)  # the layers of a model ask one after another
 def _varlen_plan(segments: tuple[PairSegment, ...], device: torch.device) -> _VarlenPlan:
     parts = list(pair_parts(segments))
-    keys = [torch.cat([torch.arange(part.prefix.start, part.prefix.stop), torch.arange(part.start, part.end)])
-            for part in parts]
-    lengths = torch.tensor([[0, 0], *([part.end - part.start, len(index)] for part, index in zip(
-        parts, keys, strict=True))])
+    keys = [
+        torch.cat([torch.arange(part.prefix.start, part.prefix.stop), torch.arange(part.start, part.end)])
+        for part in parts
+    ]
+    lengths = torch.tensor(
+        [[0, 0], *([part.end - part.start, len(index)] for part, index in zip(parts, keys, strict=True))]
+    )
     ends = lengths.cumsum(dim=0).int().to(device)
     longest_query, longest_key = lengths.amax(dim=0).tolist()
-    return _VarlenPlan(torch.cat(keys).to(device), ends[:, 0].contiguous(), ends[:, 1].contiguous(),
-                       longest_query, longest_key)
+    return _VarlenPlan(
+        torch.cat(keys).to(device), ends[:, 0].contiguous(), ends[:, 1].contiguous(), longest_query, longest_key
+    )
 
 
 def varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, segments: tuple[PairSegment, ...], scaling: float | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: tuple[PairSegment, ...],
+    scaling: float | None,
     window: int | None,
 ) -> Tensor:
     """All parts in one call of torch's flash attention for variable lengths; arguments of `pair_attention`.
@@ -140,9 +170,17 @@ def varlen_attention(
     plan = _varlen_plan(segments, query.device)
     left = -1 if window is None else window - 1
     output = varlen_attn(
-        query[0].transpose(0, 1), key[0].transpose(0, 1)[plan.key_index], value[0].transpose(0, 1)[plan.key_index],
-        plan.query_ends, plan.key_ends, plan.longest_query, plan.longest_key, scale=scaling, window_size=(left, 0),
-        enable_gqa=query.shape[1] != key.shape[1])
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1)[plan.key_index],
+        value[0].transpose(0, 1)[plan.key_index],
+        plan.query_ends,
+        plan.key_ends,
+        plan.longest_query,
+        plan.longest_key,
+        scale=scaling,
+        window_size=(left, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
     assert isinstance(output, Tensor)
     return output[None]
 

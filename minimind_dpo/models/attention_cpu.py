@@ -31,8 +31,14 @@ class CpuPairAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: tuple[PairSegment, ...], scaling: float | None,
-        window: int | None, wanted: Sequence[int] | None = None,
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        segments: tuple[PairSegment, ...],
+        scaling: float | None,
+        window: int | None,
+        wanted: Sequence[int] | None = None,
     ) -> Tensor:
         """Outputs [1, T, heads, head_dim]; arguments of `pair_attention`.
 

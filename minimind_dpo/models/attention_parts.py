@@ -50,8 +50,12 @@ def pair_parts(segments: Sequence[PairSegment]) -> Iterator[Part]:
         chosen_end = segment.start + segment.prefix + segment.chosen
         yield Part(slice(0, 0), segment.start, segment.start, chosen_end)
         if segment.rejected:
-            yield Part(slice(segment.start, segment.start + segment.prefix), chosen_end, chosen_end,
-                       segment.start + segment.length)
+            yield Part(
+                slice(segment.start, segment.start + segment.prefix),
+                chosen_end,
+                chosen_end,
+                segment.start + segment.length,
+            )
 
 
 def part_keys(states: Tensor, part: Part) -> Tensor:

@@ -18,15 +18,7 @@ from ..errors import UserError
 from ..shards import FragmentReader
 from .adapters import merge_adapters
 from .overrides import apply_overrides, check_overrides, parse_dtype
-from .weights import (
-    EMBEDDING_KEYS,
-    MODEL_CLASSES,
-    WeightLayout,
-    minimind_config,
-    minimind_view,
-    read_layout,
-    summarize,
-)
+from .weights import EMBEDDING_KEYS, MODEL_CLASSES, WeightLayout, minimind_config, minimind_view, read_layout, summarize
 
 CHECKPOINT_STATE = "trainer_state.json"  # what a checkpoint has and no other model directory
 ADAPTER_CONFIG = "adapter_config.json"  # peft's name
@@ -145,9 +137,7 @@ def _load_checkpoint(
     return model
 
 
-def _load_pretrained(
-    source: str, dtype: torch.dtype | None, options: dict, overrides: dict
-) -> PreTrainedModel:
+def _load_pretrained(source: str, dtype: torch.dtype | None, options: dict, overrides: dict) -> PreTrainedModel:
     """Load a directory, a hub id or a GGUF file through transformers, and let no key pass unnoticed."""
     is_gguf = source.endswith(".gguf")
     name = str(Path(source).parent) if is_gguf else source
@@ -248,8 +238,11 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def _check_finite(model: PreTrainedModel, source: str) -> None:
     """Refuse weights that are infinite or not a number."""
-    tensors = [(key, local_values(tensor)) for key, tensor in model.state_dict(keep_vars=True).items()
-               if tensor.is_floating_point()]
+    tensors = [
+        (key, local_values(tensor))
+        for key, tensor in model.state_dict(keep_vars=True).items()
+        if tensor.is_floating_point()
+    ]
     bad = [key for key, tensor in tensors if tensor.numel() and not _is_finite(tensor.detach())]
     if bad:
         raise UserError(f"{source}: weights that are infinite or not a number: {summarize(bad)}")

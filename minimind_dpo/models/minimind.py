@@ -100,9 +100,7 @@ class MiniMindMoeModel(MiniMindMoePreTrainedModel, LlamaModel):  # type: ignore[
 
     def __init__(self, config: MiniMindMoeConfig):
         super().__init__(config)
-        self.layers = nn.ModuleList(
-            MiniMindMoeDecoderLayer(config, index) for index in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(MiniMindMoeDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.post_init()
 
 

@@ -33,8 +33,14 @@ def load_batches(
     count = (2 if on_gpu else 0) if workers is None else workers
     ours, theirs = tee(plan)
     sampler: Any = (micro_batch.pairs for micro_batch in theirs)
-    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=layout, num_workers=count,
-                        worker_init_fn=_start_worker if count else None, pin_memory=on_gpu)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=layout,
+        num_workers=count,
+        worker_init_fn=_start_worker if count else None,
+        pin_memory=on_gpu,
+    )
     for micro_batch, batch in zip(ours, loader, strict=True):
         yield batch, micro_batch.counted
 

@@ -52,7 +52,11 @@ class TrainerState:
 
 
 def save_checkpoint(
-    accelerator: Accelerator, directory: Path, state: TrainerState, keep: int, trained: TrainedState,
+    accelerator: Accelerator,
+    directory: Path,
+    state: TrainerState,
+    keep: int,
+    trained: TrainedState,
     describe_model: Callable[[Path], None],
 ) -> Path:
     """Write `directory`/step-N; every rank must call it, and sees the same file system.
@@ -82,8 +86,10 @@ def save_checkpoint(
         own_files = sorted(path for path in partial.rglob("*") if path.is_file())
     accelerator.wait_for_everyone()
     if not partial.is_dir():
-        raise UserError(f"rank {accelerator.process_index} does not see {partial}, which rank 0 has just made: "
-                        "output_dir must lie on a file system that all nodes share")
+        raise UserError(
+            f"rank {accelerator.process_index} does not see {partial}, which rank 0 has just made: "
+            "output_dir must lie on a file system that all nodes share"
+        )
     own_files += write_fragments(partial, accelerator.process_index, trained.own())
     entries = gather_object([_entries(partial, own_files)])
     if accelerator.is_main_process:
@@ -113,8 +119,10 @@ def load_checkpoint(path: Path, trained: TrainedState) -> TrainerState:
                 raise KeyError(f"{fragment.name} is {reader.shapes[fragment.name]} there, {fragment.shape} here")
             reader.fill(fragment)
     except KeyError as error:
-        raise UserError(f"{path} does not fit the model: {error.args[0]}. Use the run's own model and LoRA "
-                        "settings, or another output_dir") from None
+        raise UserError(
+            f"{path} does not fit the model: {error.args[0]}. Use the run's own model and LoRA "
+            "settings, or another output_dir"
+        ) from None
     trained.restore_numbers(json.loads((path / NUMBERS).read_text("utf-8")))
     return read_state(path)
 
@@ -140,16 +148,20 @@ def find_checkpoint(directory: Path, resume: str) -> Path | None:
     existing = _newest_first(directory)
     finished = (directory.parent / "model").exists()
     if (existing and resume == "never") or (finished and not existing):
-        raise UserError(f"{directory.parent} already holds a run ({existing[0].name if existing else 'model'}); "
-                        "choose another output_dir" + (", or --resume auto to continue it" if existing else ""))
+        raise UserError(
+            f"{directory.parent} already holds a run ({existing[0].name if existing else 'model'}); "
+            "choose another output_dir" + (", or --resume auto to continue it" if existing else "")
+        )
     for path in existing:
         problem = checkpoint_problem(path)
         if problem is None:
             return path
         logger.warning("%s is passed over: %s", path, problem)
     if existing:
-        raise UserError(f"no checkpoint under {directory} is intact (see the warnings above); restore one, or move "
-                        "the directory away to start from scratch")
+        raise UserError(
+            f"no checkpoint under {directory} is intact (see the warnings above); restore one, or move "
+            "the directory away to start from scratch"
+        )
     return None
 
 
@@ -188,8 +200,7 @@ def _entries(directory: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]
     """Size and digest of files, which are on the disk when this returns."""
     for path in files:
         _sync(path)
-    return {str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": _sha256(path)}
-            for path in files}
+    return {str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files}
 
 
 def _sha256(path: Path) -> str:

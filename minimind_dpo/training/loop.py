@@ -35,6 +35,7 @@ from minimind_dpo.training.signals import StopRequest
 
 logger = logging.getLogger(__name__)
 
+
 @dataclass
 class Run:
     """What a training run is made of.
@@ -69,9 +70,13 @@ class Run:
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """This rank's share of optimizer step `step`."""
         pairs = self.order.step_pairs(step)
-        return split_step(pairs, self.train_data.tokens[pairs], world_size=self.accelerator.num_processes,
-                          rank=self.accelerator.process_index,
-                          micro_batch_size=self.config.per_device_train_batch_size)
+        return split_step(
+            pairs,
+            self.train_data.tokens[pairs],
+            world_size=self.accelerator.num_processes,
+            rank=self.accelerator.process_index,
+            micro_batch_size=self.config.per_device_train_batch_size,
+        )
 
     def plan(self) -> Iterator[MicroBatch]:
         """This rank's micro-batches from the next step to the last."""
@@ -88,12 +93,19 @@ def train(run: Run) -> None:
     """
     config, state, accelerator = run.config, run.state, run.accelerator
     schedule = learning_rate_schedule(
-        config.lr_scheduler_type, config.learning_rate, state.total_steps, config.warmup_ratio)
-    batches = load_batches(run.train_data.dataset, run.plan(), run.layout, config.dataloader_num_workers,
-                           accelerator.device)
+        config.lr_scheduler_type, config.learning_rate, state.total_steps, config.warmup_ratio
+    )
+    batches = load_batches(
+        run.train_data.dataset, run.plan(), run.layout, config.dataloader_num_workers, accelerator.device
+    )
     run.scorer.train()
-    progress = tqdm(total=state.total_steps, initial=state.step, unit="step", dynamic_ncols=True,
-                    disable=not accelerator.is_main_process)
+    progress = tqdm(
+        total=state.total_steps,
+        initial=state.step,
+        unit="step",
+        dynamic_ncols=True,
+        disable=not accelerator.is_main_process,
+    )
     clock = _Clock(state)
     unread: deque[_Outcome] = deque()
     lag = _steps_ahead(accelerator.device)
@@ -109,8 +121,9 @@ def train(run: Run) -> None:
         unread.append(_optimizer_step(run, step, batches))
         state.step = step
         last = step == state.total_steps
-        logs, evaluates, saves = (last or _due(every, step) for every in (
-            config.logging_steps, config.eval_steps, config.save_steps))
+        logs, evaluates, saves = (
+            last or _due(every, step) for every in (config.logging_steps, config.eval_steps, config.save_steps)
+        )
         while unread and (len(unread) > lag or stopped or logs or evaluates or saves):
             sums, grad_norm, stops = _read(run, unread.popleft())
             stopped |= stops
@@ -125,8 +138,14 @@ def train(run: Run) -> None:
             clock.store(state)
             if run.metrics is not None:
                 run.metrics.sync()
-            save_checkpoint(accelerator, run.checkpoints, state, config.save_total_limit,
-                            trained_state(accelerator, run.scorer, run.optimizer), partial(_describe, run))
+            save_checkpoint(
+                accelerator,
+                run.checkpoints,
+                state,
+                config.save_total_limit,
+                trained_state(accelerator, run.scorer, run.optimizer),
+                partial(_describe, run),
+            )
             clock.restart()
         if stopped and not last:
             progress.close()
@@ -176,7 +195,8 @@ def _optimizer_step(run: Run, step: int, batches: Batches) -> _Outcome:
         last = index == micro_batches - 1
         with accumulate(accelerator, run.scorer, last):
             losses, aux_losses, batch_sums = score_batch(
-                run.scorer, run.reference, batch.to(accelerator.device), run.config)
+                run.scorer, run.reference, batch.to(accelerator.device), run.config
+            )
             backward(accelerator, (losses + aux_losses).sum().float() * (scale * counted), last)
         sums += batch_sums * counted
     own = torch.cat([sums, torch.full_like(sums[:1], float(bool(run.stop)))])
@@ -209,7 +229,8 @@ def _check_finite(run: Run, step: int, what: str, values: list[float]) -> None:
     places = [run.train_data.dataset[int(pair)]["place"] for pair in run.order.step_pairs(step)[:8]]
     raise TrainingError(
         f"the {what} of optimizer step {step} is not finite; the run ends before that step. Pairs of the step: "
-        f"{', '.join(places)}. Try a lower learning_rate, or bf16 instead of fp16.")
+        f"{', '.join(places)}. Try a lower learning_rate, or bf16 instead of fp16."
+    )
 
 
 def _evaluate(run: Run) -> None:
@@ -222,8 +243,12 @@ def _evaluate(run: Run) -> None:
 def _log(run: Run, sums: list[float], grad_norm: float, learning_rate: float, clock: _Clock) -> None:
     pairs_per_second, tokens_per_second = clock.rates()
     line = metrics_of(sums) | {
-        "learning_rate": learning_rate, "grad_norm": grad_norm, "pairs_per_second": pairs_per_second,
-        "tokens_per_second": tokens_per_second, "peak_memory_gib": peak_memory_gib(run.accelerator)}
+        "learning_rate": learning_rate,
+        "grad_norm": grad_norm,
+        "pairs_per_second": pairs_per_second,
+        "tokens_per_second": tokens_per_second,
+        "peak_memory_gib": peak_memory_gib(run.accelerator),
+    }
     _record(run, line)
     clock.restart()
 
@@ -241,7 +266,9 @@ def _show(progress: Any, sums: list[float], clock: _Clock) -> None:
     progress.update()
     progress.set_postfix_str(
         f"loss {metrics['loss']:.4f} acc {metrics['rewards/accuracies']:.2f} "
-        f"margin {metrics['rewards/margins']:.3f} {clock.rates()[0]:.1f} pairs/s", refresh=False)
+        f"margin {metrics['rewards/margins']:.3f} {clock.rates()[0]:.1f} pairs/s",
+        refresh=False,
+    )
 
 
 class _Clock:

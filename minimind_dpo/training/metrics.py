@@ -17,8 +17,17 @@ from minimind_dpo.data.batch import PairBatch
 from minimind_dpo.losses import implicit_rewards
 
 PAIR_METRICS = (
-    "loss", "dpo_loss", "aux_loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
-    "rewards/ties", "logps/chosen", "logps/rejected", "logps/accuracies",
+    "loss",
+    "dpo_loss",
+    "aux_loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "rewards/ties",
+    "logps/chosen",
+    "logps/rejected",
+    "logps/accuracies",
 )
 _PAIRS, _TOKENS = len(PAIR_METRICS), len(PAIR_METRICS) + 1
 
@@ -30,8 +39,13 @@ def empty_sums(device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def pair_sums(
-    batch: PairBatch, *, losses: Tensor, aux_losses: Tensor, policy_logps: tuple[Tensor, Tensor],
-    ref_logps: tuple[Tensor, Tensor], beta: float,
+    batch: PairBatch,
+    *,
+    losses: Tensor,
+    aux_losses: Tensor,
+    policy_logps: tuple[Tensor, Tensor],
+    ref_logps: tuple[Tensor, Tensor],
+    beta: float,
 ) -> Tensor:
     """Sums over the pairs of one micro-batch, in `empty_sums`' layout.
 
@@ -49,8 +63,17 @@ def pair_sums(
     rejected_rewards = implicit_rewards(rejected_logps, ref_rejected_logps, beta=beta)
     preferred = chosen_logps / batch.chosen_tokens > rejected_logps / batch.rejected_tokens
     columns = [
-        losses + aux_losses, losses, aux_losses, chosen_rewards, rejected_rewards, chosen_rewards - rejected_rewards,
-        chosen_rewards > rejected_rewards, chosen_rewards == rejected_rewards, chosen_logps, rejected_logps, preferred,
+        losses + aux_losses,
+        losses,
+        aux_losses,
+        chosen_rewards,
+        rejected_rewards,
+        chosen_rewards - rejected_rewards,
+        chosen_rewards > rejected_rewards,
+        chosen_rewards == rejected_rewards,
+        chosen_logps,
+        rejected_logps,
+        preferred,
     ]
     sums = empty_sums(losses.device)
     sums[:_PAIRS] = torch.stack([column.double() for column in columns]).sum(dim=1)

@@ -72,8 +72,11 @@ def choose_mode(config: TrainConfig, accelerator: Accelerator, once: bool) -> tu
 
 
 def load_reference(
-    config: TrainConfig, accelerator: Accelerator, policy: PreTrainedModel,
-    load: Callable[[TrainConfig, str], PreTrainedModel], once: bool,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    policy: PreTrainedModel,
+    load: Callable[[TrainConfig, str], PreTrainedModel],
+    once: bool,
 ) -> LoadedReference:
     """Load or copy the reference model, as long as `policy` is still as loaded; `once` as above. Collective."""
     mode, reason = choose_mode(config, accelerator, once)
@@ -92,8 +95,13 @@ def load_reference(
 
 
 def make_reference(
-    config: TrainConfig, accelerator: Accelerator, loaded: LoadedReference, policy: PairScorer, layout: PairLayout,
-    needed: list[Needed], stop: Callable[[], bool],
+    config: TrainConfig,
+    accelerator: Accelerator,
+    loaded: LoadedReference,
+    policy: PairScorer,
+    layout: PairLayout,
+    needed: list[Needed],
+    stop: Callable[[], bool],
 ) -> Reference:
     """The reference in its mode, for batches of `layout`; a cache is filled for the `needed` pairs first."""
     if loaded.mode == "adapter":
@@ -107,8 +115,15 @@ def make_reference(
     if loaded.model is not None:
         scorer = freeze(accelerator, PairScorer(loaded.model), offload=loaded.mode == "offload")
         loaded.model = None
-        adopt_layout(unwrap(scorer), policy, layout, accelerator.device, accelerator.autocast, decide,
-                     named=config.ref_model_name_or_path is not None)
+        adopt_layout(
+            unwrap(scorer),
+            policy,
+            layout,
+            accelerator.device,
+            accelerator.autocast,
+            decide,
+            named=config.ref_model_name_or_path is not None,
+        )
     if cache is None or loaded.mode != "cache":
         return LiveReference(scorer, accelerator.autocast)
     training = scorer.training
@@ -121,9 +136,18 @@ def make_reference(
 
 def make_cache(config: TrainConfig, accelerator: Accelerator, digest: str, layout: PairLayout) -> ReferenceCache:
     """The cache of one reference under the numeric settings of the run, nothing opened yet."""
-    return ReferenceCache(cache_directory(digest, {
-        "precision": accelerator.mixed_precision, "weights": str(scoring_dtype(accelerator)),
-        "attention": config.attn_implementation, "layout": layout.id, "device": accelerator.device.type}))
+    return ReferenceCache(
+        cache_directory(
+            digest,
+            {
+                "precision": accelerator.mixed_precision,
+                "weights": str(scoring_dtype(accelerator)),
+                "attention": config.attn_implementation,
+                "layout": layout.id,
+                "device": accelerator.device.type,
+            },
+        )
+    )
 
 
 def open_complete(accelerator: Accelerator, cache: ReferenceCache, needed: Sequence[Needed]) -> bool:
@@ -137,7 +161,11 @@ def open_complete(accelerator: Accelerator, cache: ReferenceCache, needed: Seque
 
 
 def fill_cache(
-    accelerator: Accelerator, cache: ReferenceCache, scorer: nn.Module, layout: PairLayout, needed: Sequence[Needed],
+    accelerator: Accelerator,
+    cache: ReferenceCache,
+    scorer: nn.Module,
+    layout: PairLayout,
+    needed: Sequence[Needed],
     stop: Callable[[], bool],
 ) -> int:
     """Score what the cache lacks of `needed` and open it; the number of pairs scored. Collective.
@@ -151,6 +179,8 @@ def fill_cache(
         if on_main(accelerator, partial(cache.marked, [part])) is None:
             scored += filler.fill(part, stop)
     if not open_complete(accelerator, cache, needed):
-        raise UserError(f"reference cache: files of {cache.directory} went while it was filled; does another program "
-                        "clean up there?")
+        raise UserError(
+            f"reference cache: files of {cache.directory} went while it was filled; does another program "
+            "clean up there?"
+        )
     return scored

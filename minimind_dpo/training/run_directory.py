@@ -48,8 +48,10 @@ def held(directory: Path, patience: float = 30.0) -> Iterator[None]:
         while not _lock(file):
             if time.monotonic() > deadline:
                 file.seek(0)
-                raise UserError(f"output_dir: {directory} is in use by another run ({file.read() or 'unknown'}); wait "
-                                "for it to end, stop it, or choose another directory")
+                raise UserError(
+                    f"output_dir: {directory} is in use by another run ({file.read() or 'unknown'}); wait "
+                    "for it to end, stop it, or choose another directory"
+                )
             time.sleep(0.2)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -70,9 +72,7 @@ def _lock(file: IO[str]) -> bool:
     return True
 
 
-def open_run(
-    config: TrainConfig, accelerator: Accelerator, state: TrainerState, resumed: bool
-) -> MetricsFile | None:
+def open_run(config: TrainConfig, accelerator: Accelerator, state: TrainerState, resumed: bool) -> MetricsFile | None:
     """Prepare the run directory and the tracker; the metrics file on the main process."""
     directory = Path(config.output_dir)
     metrics = None
@@ -92,12 +92,17 @@ def _start_wandb(config: TrainConfig, accelerator: Accelerator, state: TrainerSt
     if state.tracker_run_id:
         settings |= {"id": state.tracker_run_id, "resume": "allow"}
     try:
-        accelerator.init_trackers(os.environ.get("WANDB_PROJECT", "minimind_dpo"),
-                                  config=dataclasses.asdict(config), init_kwargs={"wandb": settings})
+        accelerator.init_trackers(
+            os.environ.get("WANDB_PROJECT", "minimind_dpo"),
+            config=dataclasses.asdict(config),
+            init_kwargs={"wandb": settings},
+        )
     except wandb.Error as error:
         accelerator.trackers.clear()  # one that never started cannot be ended
-        raise UserError(f"report_to: W&B cannot start: {error}\nLog in with `wandb login`, set WANDB_MODE=offline, "
-                        "or use report_to: none") from None
+        raise UserError(
+            f"report_to: W&B cannot start: {error}\nLog in with `wandb login`, set WANDB_MODE=offline, "
+            "or use report_to: none"
+        ) from None
     if accelerator.is_main_process:
         state.tracker_run_id = accelerator.get_tracker("wandb", unwrap=True).id
 
@@ -117,16 +122,27 @@ def finish_run(run: Run) -> None:
     if accelerator.is_main_process:
         assert run.metrics is not None
         pairs = run.order.pairs_seen(state.step)
-        summary = {"steps": state.step, "pairs_seen": pairs, "seconds": state.seconds,
-                   "pairs_per_second": pairs / max(state.seconds, 1e-9), "peak_memory_gib": peak,
-                   "reference_digest": state.identity["reference_digest"]}
+        summary = {
+            "steps": state.step,
+            "pairs_seen": pairs,
+            "seconds": state.seconds,
+            "pairs_per_second": pairs / max(state.seconds, 1e-9),
+            "peak_memory_gib": peak,
+            "reference_digest": state.identity["reference_digest"],
+        }
         evaluations = [line for line in run.metrics.lines() if "eval_loss" in line]
         if evaluations:
             summary |= {"eval_before": _eval_metrics(evaluations[0]), "eval_after": _eval_metrics(evaluations[-1])}
         _write(directory / "summary.json", json.dumps(summary, indent=1))
         report = write_report(directory)
-        logger.info("done: %d steps, %d pairs, %.1f s; model in %s, report in %s",
-                    state.step, pairs, state.seconds, directory / "model", report)
+        logger.info(
+            "done: %d steps, %d pairs, %.1f s; model in %s, report in %s",
+            state.step,
+            pairs,
+            state.seconds,
+            directory / "model",
+            report,
+        )
     accelerator.wait_for_everyone()
 
 

@@ -24,7 +24,11 @@ def learning_rate_schedule(
         return lambda step: learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * step / total_steps)))
     placeholder = torch.optim.SGD([torch.zeros(())], lr=1.0)
     scheduler = get_scheduler(
-        lr_scheduler_type, placeholder, num_warmup_steps=math.ceil(total_steps * warmup_ratio),
-        num_training_steps=total_steps, scheduler_specific_kwargs=_NEEDS_MINIMUM.get(lr_scheduler_type, {}))
+        lr_scheduler_type,
+        placeholder,
+        num_warmup_steps=math.ceil(total_steps * warmup_ratio),
+        num_training_steps=total_steps,
+        scheduler_specific_kwargs=_NEEDS_MINIMUM.get(lr_scheduler_type, {}),
+    )
     factor = scheduler.lr_lambdas[0]
     return lambda step: learning_rate * factor(step - 1)

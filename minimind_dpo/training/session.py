@@ -67,5 +67,7 @@ def tokenizer_path(config: TrainConfig) -> str:
     for candidate in (path.parent, path.parent.parent / "model"):
         if (candidate / "tokenizer.json").is_file():
             return str(candidate)
-    raise UserError(f"tokenizer_name_or_path: missing; raw weights ({path}) carry no tokenizer, and none lies beside "
-                    "them or in ../model. Name the directory with MiniMind's tokenizer.json")
+    raise UserError(
+        f"tokenizer_name_or_path: missing; raw weights ({path}) carry no tokenizer, and none lies beside "
+        "them or in ../model. Name the directory with MiniMind's tokenizer.json"
+    )

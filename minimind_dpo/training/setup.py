@@ -33,9 +33,22 @@ from minimind_dpo.training.signals import StopRequest
 logger = logging.getLogger(__name__)
 
 # what makes two sessions the same run, beside the digests of data and reference
-_IDENTITY = ("loss_type", "beta", "label_smoothing", "learning_rate", "lr_scheduler_type", "warmup_ratio",
-             "weight_decay", "max_grad_norm", "shuffle", "seed", "lora_r", "lora_alpha", "lora_dropout",
-             "lora_target_modules")
+_IDENTITY = (
+    "loss_type",
+    "beta",
+    "label_smoothing",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_ratio",
+    "weight_decay",
+    "max_grad_norm",
+    "shuffle",
+    "seed",
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+)
 
 
 def build_run(
@@ -57,21 +70,40 @@ def build_run(
     if not is_sharded(accelerator):
         policy.to(accelerator.device)  # type: ignore[arg-type]
     scorer, optimizer = prepare(accelerator, *_trainable(config, policy))
-    layout = choose_layout(
-        unwrap(scorer), config.attn_implementation, accelerator.device, accelerator.autocast, decide)
-    reference = make_reference(config, accelerator, loaded, unwrap(scorer), layout, data.needed(),
-                               stop.__bool__)
+    layout = choose_layout(unwrap(scorer), config.attn_implementation, accelerator.device, accelerator.autocast, decide)
+    reference = make_reference(config, accelerator, loaded, unwrap(scorer), layout, data.needed(), stop.__bool__)
     identity = {name: getattr(config, name) for name in _IDENTITY} | {
-        "global_batch": order.global_batch, "mixed_precision": accelerator.mixed_precision,
-        "train_data_digest": data.train.digest, "reference_digest": loaded.digest}
+        "global_batch": order.global_batch,
+        "mixed_precision": accelerator.mixed_precision,
+        "train_data_digest": data.train.digest,
+        "reference_digest": loaded.digest,
+    }
     state = TrainerState(total_steps=steps, identity=identity)
     if checkpoint is not None:
         state = _resume(accelerator, checkpoint, state, Path(config.output_dir) / "checkpoints", scorer, optimizer)
     metrics = open_run(config, accelerator, state, resumed=checkpoint is not None)
-    logger.info("%d pairs, %d optimizer steps of %d pairs on %d process(es)",
-                order.num_pairs, steps, order.global_batch, accelerator.num_processes)
-    return Run(config, accelerator, scorer, optimizer, reference, layout, data.train, data.eval, order, metrics, state,
-               stop, tokenizer)
+    logger.info(
+        "%d pairs, %d optimizer steps of %d pairs on %d process(es)",
+        order.num_pairs,
+        steps,
+        order.global_batch,
+        accelerator.num_processes,
+    )
+    return Run(
+        config,
+        accelerator,
+        scorer,
+        optimizer,
+        reference,
+        layout,
+        data.train,
+        data.eval,
+        order,
+        metrics,
+        state,
+        stop,
+        tokenizer,
+    )
 
 
 @dataclass(frozen=True)
@@ -105,8 +137,12 @@ def load_data(config: TrainConfig, accelerator: Accelerator, tokenizer: Any) -> 
     with main_first(accelerator, "tokenize"):
         train = _tokenize(config, config.train_data, tokenizer)
         held_out = _tokenize(config, config.eval_data, tokenizer) if config.eval_data else None
-    order = PairOrder(len(train), config.per_device_train_batch_size
-                      * config.gradient_accumulation_steps * accelerator.num_processes, config.seed, config.shuffle)
+    order = PairOrder(
+        len(train),
+        config.per_device_train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes,
+        config.seed,
+        config.shuffle,
+    )
     steps = total_steps(order.num_pairs, order.global_batch, config.num_train_epochs, config.max_steps)
     return Data(train, held_out, order, steps)
 
@@ -124,8 +160,15 @@ def load(config: TrainConfig, path: str) -> PreTrainedModel:
 def _trainable(config: TrainConfig, policy: PreTrainedModel) -> tuple[PairScorer, Any]:
     """The policy's scorer in training mode, and an optimizer of what is trained."""
     if config.lora_r is not None:
-        add_adapters(policy, r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout,
-                     target_modules=config.lora_target_modules, base=config.model_name_or_path, seed=config.seed)
+        add_adapters(
+            policy,
+            r=config.lora_r,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            target_modules=config.lora_target_modules,
+            base=config.model_name_or_path,
+            seed=config.seed,
+        )
     if config.gradient_checkpointing:
         policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     scorer = PairScorer(policy.train())
@@ -136,13 +179,20 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
     """Refuse a tokenizer with more tokens than the model embeds."""
     rows = embedding_rows(model)
     if len(tokenizer) > rows:
-        raise UserError(f"tokenizer_name_or_path: the tokenizer has {len(tokenizer)} tokens but the model "
-                        f"embeds only {rows}; name the tokenizer the model was trained with")
+        raise UserError(
+            f"tokenizer_name_or_path: the tokenizer has {len(tokenizer)} tokens but the model "
+            f"embeds only {rows}; name the tokenizer the model was trained with"
+        )
 
 
 def _tokenize(config: TrainConfig, source: list[str], tokenizer: Any) -> TokenizedData:
-    return tokenize_files(source, tokenizer, max_length=config.max_length, completion_mask=config.completion_mask,
-                          on_bad_row=config.on_bad_row)
+    return tokenize_files(
+        source,
+        tokenizer,
+        max_length=config.max_length,
+        completion_mask=config.completion_mask,
+        on_bad_row=config.on_bad_row,
+    )
 
 
 def _positions(order: PairOrder, steps: int) -> Sequence[int]:
@@ -158,14 +208,23 @@ def _resume(
 ) -> TrainerState:
     """Continue from `checkpoint` if it belongs to the run that `fresh` describes."""
     saved = read_state(checkpoint)
-    changed = [f"{name}: was {saved.identity.get(name)}, is {value}" for name, value in fresh.identity.items()
-               if saved.identity.get(name) != value]
+    changed = [
+        f"{name}: was {saved.identity.get(name)}, is {value}"
+        for name, value in fresh.identity.items()
+        if saved.identity.get(name) != value
+    ]
     if changed:
-        raise UserError(f"{checkpoint} belongs to another run:\n  " + "\n  ".join(changed)
-                        + "\nUse the run's own settings, model and data, or another output_dir")
+        raise UserError(
+            f"{checkpoint} belongs to another run:\n  "
+            + "\n  ".join(changed)
+            + "\nUse the run's own settings, model and data, or another output_dir"
+        )
     if saved.total_steps != fresh.total_steps:
-        logger.warning("the run now has %d steps, not %d: from here on the learning rate follows the new length",
-                       fresh.total_steps, saved.total_steps)
+        logger.warning(
+            "the run now has %d steps, not %d: from here on the learning rate follows the new length",
+            fresh.total_steps,
+            saved.total_steps,
+        )
     state = load_checkpoint(checkpoint, trained_state(accelerator, scorer, optimizer))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

@@ -1,6 +1,6 @@
 """Score one batch with an offloaded reference and print how many parameters were on the device at once, at most.
 
-    [accelerate launch ...] tests/programs/held_by_reference.py MODEL_DIR OUTPUT_DIR
+[accelerate launch ...] tests/programs/held_by_reference.py MODEL_DIR OUTPUT_DIR
 """
 
 from __future__ import annotations
@@ -42,18 +42,27 @@ def main() -> None:
         model = load_model(sys.argv[1])
     plugin = accelerator.state.deepspeed_plugin
     whole = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
-    largest = max(sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in part.parameters())
-                  for part in [*model.model.layers, model.lm_head])
+    largest = max(
+        sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in part.parameters())
+        for part in [*model.model.layers, model.lm_head]
+    )
     scorer = freeze(accelerator, PairScorer(model), offload=True)
     choose_layout(unwrap(scorer), "pairs", accelerator.device)
 
-    row = {"chosen_input_ids": [1, 2, 3, 4], "chosen_completion_mask": [0, 0, 1, 1],
-           "rejected_input_ids": [1, 2, 5, 6, 7], "rejected_completion_mask": [0, 0, 1, 1, 1]}
+    row = {
+        "chosen_input_ids": [1, 2, 3, 4],
+        "chosen_completion_mask": [0, 0, 1, 1],
+        "rejected_input_ids": [1, 2, 5, 6, 7],
+        "rejected_completion_mask": [0, 0, 1, 1, 1],
+    }
     with torch.no_grad(), Watch(model) as watch:
         logps = scorer(pack_pairs([row]).to(accelerator.device)).per_token_logps
     stage = "none" if plugin is None else plugin.zero_stage
-    print(f"HELD stage={stage} whole={whole} largest={largest} most={watch.most} between={watch.held()} "
-          f"sum={float(logps.sum()):.5f}", flush=True)
+    print(
+        f"HELD stage={stage} whole={whole} largest={largest} most={watch.most} between={watch.held()} "
+        f"sum={float(logps.sum()):.5f}",
+        flush=True,
+    )
     accelerator.end_training()
 
 

@@ -1,6 +1,6 @@
 """`minimind-dpo train`, but one rank comes to grief at the start of an optimizer step.
 
-    accelerate launch ... tests/programs/one_rank.py RANK STEP fails|user_error|stops [train's flags]
+accelerate launch ... tests/programs/one_rank.py RANK STEP fails|user_error|stops [train's flags]
 """
 
 from __future__ import annotations
