@@ -55,7 +55,7 @@ def ours(name: str, job: Job, gate: Gate) -> None:
     """The product: a run put together and trained by its own entry points, with a gate in place of metrics.jsonl."""
     from minimind_dpo.config import make_config
     from minimind_dpo.data.tokenized import load_tokenizer
-    from minimind_dpo.engine import make_accelerator
+    from minimind_dpo.engine.launcher import make_accelerator
     from minimind_dpo.training.loop import train
     from minimind_dpo.training.setup import build_run
     from minimind_dpo.training.signals import StopRequest
@@ -106,8 +106,8 @@ class _MetricsGate:
 
 def _fill(run: Any, gate: Gate) -> None:
     """Fill an empty cache with the pairs of each window's steps."""
-    from minimind_dpo.reference_cache import Needed
-    from minimind_dpo.training.ref_model import LoadedReference, make_reference
+    from minimind_dpo.reference.cache import Needed
+    from minimind_dpo.reference.choosing import LoadedReference, make_reference
 
     step = 0
     while True:

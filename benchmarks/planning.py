@@ -20,10 +20,10 @@ if __name__ == "__main__":  # the project's root instead of this directory, whos
 
 from transformers import LlamaConfig
 
-from minimind_dpo.planning_measure import measure, process_bytes
-from minimind_dpo.planning_memory import Setup
-from minimind_dpo.planning_phases import predict
-from minimind_dpo.planning_shape import read_shape
+from minimind_dpo.planning.measure import measure, process_bytes
+from minimind_dpo.planning.memory import Setup
+from minimind_dpo.planning.phases import predict
+from minimind_dpo.planning.shape import read_shape
 
 MIB = 2**20
 LORA_R = 8

@@ -31,9 +31,9 @@ from benchmarks.throughput import matrix_peak
 from benchmarks.workloads import MAX_LENGTH, MIXES, minimind_shape, mix_lengths, save_model, word_tokenizer, write_pairs
 from minimind_dpo.config import make_config
 from minimind_dpo.data.tokenized import load_tokenizer
-from minimind_dpo.engine import make_accelerator, unwrap
-from minimind_dpo.models.attention_cpu import CpuPairAttention
-from minimind_dpo.models.head import _TokenLogps
+from minimind_dpo.engine.launcher import make_accelerator, unwrap
+from minimind_dpo.models.fast.attention_cpu import CpuPairAttention
+from minimind_dpo.models.fast.head import _TokenLogps
 from minimind_dpo.training import loop
 from minimind_dpo.training.setup import build_run
 from minimind_dpo.training.signals import StopRequest

@@ -28,8 +28,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from minimind_dpo.config import make_config
 from minimind_dpo.data.batch import pad_pairs
-from minimind_dpo.engine import apply_gradients, backward, make_accelerator, make_optimizer, prepare
-from minimind_dpo.scoring import PairScorer
+from minimind_dpo.engine.launcher import apply_gradients, backward, make_accelerator, make_optimizer, prepare
+from minimind_dpo.objective.scoring import PairScorer
 
 ROOT = Path(__file__).resolve().parent.parent
 BUCKET = 1_000_000  # elements; small, since the table is about states

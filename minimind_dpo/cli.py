@@ -16,7 +16,7 @@ VERBS = {
     "demo": ("minimind_dpo.demo.run", "run_demo", "train the embedded demo and show replies before and after"),
     "data inspect": ("minimind_dpo.data.inspect", "run_inspect", "show a pair as the model sees it"),
     "export": ("minimind_dpo.export", "run_export", "write a model for transformers or for MiniMind"),
-    "plan": ("minimind_dpo.planning", "run_plan", "predict the memory a run needs, and what fits"),
+    "plan": ("minimind_dpo.planning.command", "run_plan", "predict the memory a run needs, and what fits"),
 }
 
 

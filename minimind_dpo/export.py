@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .errors import UserError
-from .models.loading import ADAPTER_CONFIG, checkpoint_config, is_checkpoint, load_model, locate_model
-from .models.overrides import DTYPES
-from .models.saving import SHARD_BYTES, describe_model, split_shards, write_shards
-from .models.weights import (
+from minimind_dpo.checkpoints.directory import checkpoint_problem
+from minimind_dpo.checkpoints.files import FragmentReader
+from minimind_dpo.errors import UserError
+from minimind_dpo.models.loading import ADAPTER_CONFIG, checkpoint_config, is_checkpoint, load_model, locate_model
+from minimind_dpo.models.overrides import DTYPES
+from minimind_dpo.models.saving import SHARD_BYTES, describe_model, split_shards, write_shards
+from minimind_dpo.models.weights import (
     DEFAULT_HEADS,
     MODEL_CLASSES,
     WeightLayout,
@@ -27,8 +29,6 @@ from .models.weights import (
     read_layout,
     summarize,
 )
-from .shards import FragmentReader
-from .training.checkpoint import checkpoint_problem
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -13,13 +13,13 @@ from accelerate import Accelerator
 
 from minimind_dpo.config import TrainConfig, load_config
 from minimind_dpo.data.tokenized import load_tokenizer
-from minimind_dpo.engine import freeze, loading_reference, release, scoring_dtype, unwrap
+from minimind_dpo.engine.launcher import freeze, loading_reference, release, scoring_dtype, unwrap
+from minimind_dpo.engine.ranks import decide
 from minimind_dpo.errors import UserError, exit_code
-from minimind_dpo.layout import choose_layout
-from minimind_dpo.ranks import decide
-from minimind_dpo.reference import reference_digest
-from minimind_dpo.scoring import PairScorer
-from minimind_dpo.training.ref_model import fill_cache, make_cache, switches_adapters_off
+from minimind_dpo.objective.layout import choose_layout
+from minimind_dpo.objective.scoring import PairScorer
+from minimind_dpo.reference.choosing import fill_cache, make_cache, switches_adapters_off
+from minimind_dpo.reference.sources import reference_digest
 from minimind_dpo.training.session import in_session, tokenizer_path
 from minimind_dpo.training.setup import check_vocabulary, load, load_data
 from minimind_dpo.training.signals import StopRequest

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from minimind_dpo.checkpoints.directory import find_checkpoint
 from minimind_dpo.config import TrainConfig, load_config
 from minimind_dpo.data.tokenized import load_tokenizer
+from minimind_dpo.engine.ranks import on_main
 from minimind_dpo.errors import exit_code
-from minimind_dpo.ranks import on_main
-from minimind_dpo.training.checkpoint import find_checkpoint
 from minimind_dpo.training.loop import train
 from minimind_dpo.training.run_directory import finish_run, held
 from minimind_dpo.training.session import in_session, tokenizer_path

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimind_dpo.data.batch import PairBatch, PairSegment, pack_pairs, pad_pairs, pair_key
-from minimind_dpo.layout import PACKED, PLAIN, choose_layout
-from minimind_dpo.losses import dpo_losses
-from minimind_dpo.models import head
+from minimind_dpo.models.fast import head
 from minimind_dpo.models.router import router_aux_loss, router_settings
-from minimind_dpo.scoring import PairScorer, PairScores, sum_per_side
+from minimind_dpo.objective.layout import PACKED, PLAIN, choose_layout
+from minimind_dpo.objective.losses import dpo_losses
+from minimind_dpo.objective.scoring import PairScorer, PairScores, sum_per_side
 
 KINDS = ["llama", "mistral_window", "qwen3", "qwen3_moe", "minimind_moe"]
 

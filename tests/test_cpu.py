@@ -12,7 +12,7 @@ import pytest
 PROGRAM = """
 import resource
 import torch
-from minimind_dpo.cpu import set_up_cpu
+from minimind_dpo.engine.cpu import set_up_cpu
 
 def fill():
     blocks = [torch.ones(2**20) for _ in range(64)]

@@ -14,10 +14,10 @@ from transformers import GemmaConfig, GemmaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from minimind_dpo.data.batch import PairSegment
-from minimind_dpo.models import attention, attention_cpu, head
-from minimind_dpo.models import fused as fused_modules
-from minimind_dpo.models.fused import fuse, restrict_last_layer
-from minimind_dpo.models.head import split_head, token_logps
+from minimind_dpo.models.fast import attention, attention_cpu, head
+from minimind_dpo.models.fast import nodes as fused_modules
+from minimind_dpo.models.fast.head import split_head, token_logps
+from minimind_dpo.models.fast.nodes import fuse, restrict_last_layer
 
 SEGMENTS = (PairSegment(0, 5, 3, 4), PairSegment(12, 1, 2, 0), PairSegment(15, 7, 1, 9))
 

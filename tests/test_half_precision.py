@@ -21,9 +21,9 @@ from minimind_dpo import load_model
 from minimind_dpo.config import save_config
 from minimind_dpo.demo.run import ASSETS, demo_config
 from minimind_dpo.errors import UserError
-from minimind_dpo.layout import PACKED, PLAIN, adopt_layout, choose_layout, difference
-from minimind_dpo.models import attention
-from minimind_dpo.scoring import PairScorer
+from minimind_dpo.models.fast import attention
+from minimind_dpo.objective.layout import PACKED, PLAIN, adopt_layout, choose_layout, difference
+from minimind_dpo.objective.scoring import PairScorer
 
 CPU = torch.device("cpu")
 WEIGHTS = next(ASSETS.glob("*.pth"))

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from minimind_dpo.losses import LOSSES, dpo_losses, implicit_rewards
+from minimind_dpo.objective.losses import LOSSES, dpo_losses, implicit_rewards
 
 # two pairs: logits of the sums are (-10 + 14) - (-11 + 13) = 2 and (-6 + 4) - (-5 + 5) = -2
 POLICY_CHOSEN, POLICY_REJECTED = torch.tensor([-10.0, -6.0]), torch.tensor([-14.0, -4.0])

@@ -12,14 +12,15 @@ import torch
 from helpers_model import random_row, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from minimind_dpo import planning
 from minimind_dpo.cli import main as cli
 from minimind_dpo.data.batch import pack_pairs
-from minimind_dpo.layout import PACKED, choose_layout
 from minimind_dpo.models.adapters import add_adapters
-from minimind_dpo.models.head import CHUNK_ELEMENTS
-from minimind_dpo.planning_measure import deepspeed_settings
-from minimind_dpo.planning_memory import (
+from minimind_dpo.models.fast.head import CHUNK_ELEMENTS
+from minimind_dpo.objective.layout import PACKED, choose_layout
+from minimind_dpo.objective.scoring import PairScorer
+from minimind_dpo.planning import command as planning
+from minimind_dpo.planning.measure import deepspeed_settings
+from minimind_dpo.planning.memory import (
     BUCKET,
     LARGE,
     Setup,
@@ -31,9 +32,8 @@ from minimind_dpo.planning_memory import (
     reference_parts,
     softmax_part,
 )
-from minimind_dpo.planning_phases import predict
-from minimind_dpo.planning_shape import ModelShape, read_shape, shape_of
-from minimind_dpo.scoring import PairScorer
+from minimind_dpo.planning.phases import predict
+from minimind_dpo.planning.shape import ModelShape, read_shape, shape_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 KINDS = ["llama", "qwen3", "qwen3_moe", "minimind_moe"]

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from helpers_run import REPOSITORY, WORDS, Inputs, command, environment, lines, same_bits, train_here
 
-from minimind_dpo import cli, reference
-from minimind_dpo.reference_cache import ReferenceCache
+from minimind_dpo import cli
+from minimind_dpo.reference import sources as reference
+from minimind_dpo.reference.cache import ReferenceCache
 
 TIMES = {"pairs_per_second", "tokens_per_second", "peak_memory_gib"}
 

@@ -18,14 +18,15 @@ from datasets import Dataset
 from helpers_model import random_row, tiny_model
 from torch import nn
 
-from minimind_dpo import reference, reference_cache
 from minimind_dpo.data.batch import pack_pairs, pair_key
 from minimind_dpo.data.tokenized import Report, TokenizedData
 from minimind_dpo.errors import StoppedEarly, UserError
-from minimind_dpo.models.attention import use_pair_attention
-from minimind_dpo.reference import CachedReference, CacheFiller, LiveReference, split_by_tokens
-from minimind_dpo.reference_cache import Needed, ReferenceCache
-from minimind_dpo.scoring import PairScorer
+from minimind_dpo.models.fast.attention import use_pair_attention
+from minimind_dpo.objective.scoring import PairScorer
+from minimind_dpo.reference import cache as reference_cache
+from minimind_dpo.reference import sources as reference
+from minimind_dpo.reference.cache import Needed, ReferenceCache
+from minimind_dpo.reference.sources import CachedReference, CacheFiller, LiveReference, split_by_tokens
 
 PAIRS, CHUNK = 23, 4  # six chunks, the last of three pairs
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from minimind_dpo.errors import UserError
-from minimind_dpo.report import headlines, series, write_report
+from minimind_dpo.report.page import headlines, series, write_report
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 

@@ -11,12 +11,12 @@ from helpers_run import Inputs, make_inputs, train_here
 from safetensors.torch import load_file
 
 from minimind_dpo import load_model
+from minimind_dpo.checkpoints.files import FragmentReader, write_fragments
+from minimind_dpo.checkpoints.state import Fragment, TrainedState
 from minimind_dpo.cli import main as cli
 from minimind_dpo.errors import UserError
-from minimind_dpo.fragments import Fragment, TrainedState
 from minimind_dpo.models.adapters import add_adapters
 from minimind_dpo.models.saving import save_adapter, save_model, split_shards
-from minimind_dpo.shards import FragmentReader, write_fragments
 
 
 def fragment(name: str, shape: tuple[int, ...], start: int, values: list[float]) -> Fragment:

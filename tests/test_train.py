@@ -27,10 +27,10 @@ from helpers_run import (
     weights,
 )
 
+from minimind_dpo.checkpoints.directory import checkpoint_problem
 from minimind_dpo.config import load_config
 from minimind_dpo.errors import TrainingError, UserError
 from minimind_dpo.training import loop
-from minimind_dpo.training.checkpoint import checkpoint_problem
 from minimind_dpo.training.run_directory import held
 
 CONTRACT_METRICS = {

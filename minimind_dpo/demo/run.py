@@ -20,7 +20,7 @@ from minimind_dpo.config import TrainConfig, make_config
 from minimind_dpo.data.tokenized import load_tokenizer
 from minimind_dpo.demo.task import judge
 from minimind_dpo.models.loading import load_model
-from minimind_dpo.report import write_report
+from minimind_dpo.report.page import write_report
 from minimind_dpo.train import run
 
 ASSETS = Path(__file__).parent / "assets"

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
-from ..engine import whole
-from ..errors import UserError
-from ..shards import FragmentReader
+from minimind_dpo.checkpoints.files import FragmentReader
+from minimind_dpo.engine.launcher import whole
+from minimind_dpo.errors import UserError
 
 ADAPTER = "default"
 
@@ -38,9 +38,9 @@ def add_adapters(
     """
     config = LoraConfig(
         r=r,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=dropout,
-        task_type="CAUSAL_LM",  # type: ignore[arg-type]
+        task_type="CAUSAL_LM",
         target_modules=list(target_modules) or "all-linear",
         base_model_name_or_path=base,
     )

@@ -13,12 +13,20 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from ..engine import local_values, whole
-from ..errors import UserError
-from ..shards import FragmentReader
-from .adapters import merge_adapters
-from .overrides import apply_overrides, check_overrides, parse_dtype
-from .weights import EMBEDDING_KEYS, MODEL_CLASSES, WeightLayout, minimind_config, minimind_view, read_layout, summarize
+from minimind_dpo.checkpoints.files import FragmentReader
+from minimind_dpo.engine.launcher import local_values, whole
+from minimind_dpo.errors import UserError
+from minimind_dpo.models.adapters import merge_adapters
+from minimind_dpo.models.overrides import apply_overrides, check_overrides, parse_dtype
+from minimind_dpo.models.weights import (
+    EMBEDDING_KEYS,
+    MODEL_CLASSES,
+    WeightLayout,
+    minimind_config,
+    minimind_view,
+    read_layout,
+    summarize,
+)
 
 CHECKPOINT_STATE = "trainer_state.json"  # what a checkpoint has and no other model directory
 ADAPTER_CONFIG = "adapter_config.json"  # peft's name

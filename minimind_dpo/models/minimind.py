@@ -16,7 +16,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaModel
 from transformers.utils.output_capturing import OutputRecorder
 
-from .router import router_aux_loss, router_settings
+from minimind_dpo.models.router import router_aux_loss, router_settings
 
 
 class MiniMindMoeConfig(LlamaConfig):

@@ -7,7 +7,7 @@ import difflib
 import torch
 from transformers import PreTrainedConfig
 
-from ..errors import UserError
+from minimind_dpo.errors import UserError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CONFIG_OVERRIDES = ("attention_dropout", "max_position_embeddings", "router_aux_loss_coef", "use_cache")

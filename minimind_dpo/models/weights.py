@@ -18,8 +18,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from ..errors import UserError
-from .minimind import MiniMindMoeConfig, MiniMindMoeForCausalLM
+from minimind_dpo.errors import UserError
+from minimind_dpo.models.minimind import MiniMindMoeConfig, MiniMindMoeForCausalLM
 
 MODEL_CLASSES: dict[tuple[int, bool], tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
     (2, False): (LlamaConfig, LlamaForCausalLM),

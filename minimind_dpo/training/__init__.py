@@ -1,1 +1,1 @@
-"""."""
+"""A run, from its configuration to what it leaves."""

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from minimind_dpo.data.batch import PairBatch
 from minimind_dpo.data.order import MicroBatch
-from minimind_dpo.layout import PairLayout
+from minimind_dpo.objective.layout import PairLayout
 
 Batches = Iterator[tuple[PairBatch, bool]]
 

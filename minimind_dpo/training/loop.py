@@ -18,17 +18,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
+from minimind_dpo.checkpoints.directory import TrainerState, save_checkpoint
 from minimind_dpo.config import TrainConfig
 from minimind_dpo.data.order import MicroBatch, PairOrder, split_step
 from minimind_dpo.data.tokenized import TokenizedData
-from minimind_dpo.engine import accumulate, apply_gradients, backward, can_skip_steps, trained_state, unwrap
+from minimind_dpo.engine.launcher import accumulate, apply_gradients, backward, can_skip_steps, trained_state, unwrap
 from minimind_dpo.errors import StoppedEarly, TrainingError
-from minimind_dpo.evaluation import evaluate, score_batch
-from minimind_dpo.layout import PairLayout
 from minimind_dpo.models.saving import describe_adapter, describe_model
-from minimind_dpo.reference import Reference
+from minimind_dpo.objective.layout import PairLayout
+from minimind_dpo.reference.sources import Reference
 from minimind_dpo.training.batches import Batches, load_batches
-from minimind_dpo.training.checkpoint import TrainerState, save_checkpoint
+from minimind_dpo.training.evaluation import evaluate, score_batch
 from minimind_dpo.training.metrics import MetricsFile, empty_sums, metrics_of, peak_memory_gib, tokens_of
 from minimind_dpo.training.schedule import learning_rate_schedule
 from minimind_dpo.training.signals import StopRequest

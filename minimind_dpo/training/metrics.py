@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from minimind_dpo.data.batch import PairBatch
-from minimind_dpo.losses import implicit_rewards
+from minimind_dpo.objective.losses import implicit_rewards
 
 PAIR_METRICS = (
     "loss",

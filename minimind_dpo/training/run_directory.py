@@ -18,13 +18,13 @@ from typing import IO, Any
 
 from accelerate import Accelerator
 
+from minimind_dpo.checkpoints.directory import TrainerState
 from minimind_dpo.config import TrainConfig, save_config
-from minimind_dpo.engine import unwrap
+from minimind_dpo.engine.launcher import unwrap
 from minimind_dpo.errors import UserError
 from minimind_dpo.models.adapters import has_adapters
 from minimind_dpo.models.saving import save_adapter, save_model
-from minimind_dpo.report import write_report
-from minimind_dpo.training.checkpoint import TrainerState
+from minimind_dpo.report.page import write_report
 from minimind_dpo.training.loop import Run
 from minimind_dpo.training.metrics import MetricsFile, peak_memory_gib
 

@@ -10,10 +10,10 @@ from accelerate.utils import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from minimind_dpo.config import TrainConfig
-from minimind_dpo.engine import make_accelerator
+from minimind_dpo.engine.launcher import make_accelerator
+from minimind_dpo.engine.ranks import end_with_launcher, leave_together
 from minimind_dpo.errors import EXIT_DONE, EXIT_STOPPED, StoppedEarly, UserError
 from minimind_dpo.models.loading import locate_model
-from minimind_dpo.ranks import end_with_launcher, leave_together
 from minimind_dpo.training.signals import StopRequest
 
 logger = logging.getLogger(__name__)

@@ -13,20 +13,20 @@ import numpy as np
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from minimind_dpo.checkpoints.directory import TrainerState, load_checkpoint, read_state, set_aside_later
 from minimind_dpo.config import TrainConfig
 from minimind_dpo.data.order import PairOrder, total_steps
 from minimind_dpo.data.tokenized import TokenizedData, tokenize_files
-from minimind_dpo.engine import is_sharded, make_optimizer, prepare, trained_state, unwrap
+from minimind_dpo.engine.launcher import is_sharded, make_optimizer, prepare, trained_state, unwrap
+from minimind_dpo.engine.ranks import decide, main_first
 from minimind_dpo.errors import UserError
-from minimind_dpo.layout import choose_layout
 from minimind_dpo.models.adapters import add_adapters
 from minimind_dpo.models.loading import load_model
-from minimind_dpo.ranks import decide, main_first
-from minimind_dpo.reference_cache import Needed
-from minimind_dpo.scoring import PairScorer, embedding_rows
-from minimind_dpo.training.checkpoint import TrainerState, load_checkpoint, read_state, set_aside_later
+from minimind_dpo.objective.layout import choose_layout
+from minimind_dpo.objective.scoring import PairScorer, embedding_rows
+from minimind_dpo.reference.cache import Needed
+from minimind_dpo.reference.choosing import load_reference, make_reference
 from minimind_dpo.training.loop import Run
-from minimind_dpo.training.ref_model import load_reference, make_reference
 from minimind_dpo.training.run_directory import open_run
 from minimind_dpo.training.signals import StopRequest
 

@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minimind_dpo import load_model
 from minimind_dpo.config import make_config
 from minimind_dpo.data.batch import pack_pairs
-from minimind_dpo.engine import freeze, loading_reference, make_accelerator, unwrap
-from minimind_dpo.layout import choose_layout
-from minimind_dpo.scoring import PairScorer
+from minimind_dpo.engine.launcher import freeze, loading_reference, make_accelerator, unwrap
+from minimind_dpo.objective.layout import choose_layout
+from minimind_dpo.objective.scoring import PairScorer
 
 
 class Watch(TorchDispatchMode):

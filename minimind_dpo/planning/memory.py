@@ -1,7 +1,7 @@
 """How much memory a rank of a run needs, part by part and phase by phase: arithmetic on sizes alone.
 
 Model states follow ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054) and the buffers DeepSpeed 0.19 holds; activations
-are the tensors that autograd keeps for a packed batch (`data/batch.py`, `models/attention.py`).
+are the tensors that autograd keeps for a packed batch (`data/batch.py`, `models/fast/attention.py`).
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from minimind_dpo.cpu import LARGE
 from minimind_dpo.data.batch import PairSegment
-from minimind_dpo.models.attention_cpu import keeps_weights, query_blocks
-from minimind_dpo.models.head import CHUNK_ELEMENTS
-from minimind_dpo.planning_shape import ModelShape
+from minimind_dpo.engine.cpu import LARGE
+from minimind_dpo.models.fast.attention_cpu import keeps_weights, query_blocks
+from minimind_dpo.models.fast.head import CHUNK_ELEMENTS
+from minimind_dpo.planning.shape import ModelShape
 
 DDP_BUCKET = 25 << 20  # bytes of gradients that DDP exchanges at once
 BUCKET = 50_000_000  # elements of the reduce and prefetch buckets in configs/deepspeed
@@ -229,7 +229,7 @@ def activation_parts(shape: ModelShape, setup: Setup) -> list[Part]:
 
 
 def softmax_part(shape: ModelShape, setup: Setup) -> Part:
-    """The softmax of attention, as far as it is kept on the CPU (`models/attention_cpu.py`), fp32."""
+    """The softmax of attention, as far as it is kept on the CPU (`models/fast/attention_cpu.py`), fp32."""
     pair = PairSegment(start=0, prefix=setup.prefix, chosen=setup.branch, rejected=setup.branch)
     blocks = [block for block in query_blocks([pair]) if setup.cpu and keeps_weights(block)]
     layers = 1 if setup.checkpointing else shape.layers

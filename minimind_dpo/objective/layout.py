@@ -1,7 +1,7 @@
 """How pairs are laid out for a model: packed where a numeric probe says that it computes the same, else plain.
 
 The probe runs under the run's own precision. Two made-up pairs are scored by the model's own forward pass in the plain
-layout, and whatever is faster is used only where it gives the same: the head on its own (`models/head.py`; a model may
+layout, and whatever is faster is used only where it gives the same: the head on its own (`fast/head.py`; a model may
 scale or cap its logits afterwards), and the packed layout (recurrent or state-space layers, or an attention of the
 model's own, cannot do it).
 """
@@ -22,9 +22,10 @@ from transformers import PreTrainedModel
 
 from minimind_dpo.data.batch import PairBatch, pack_pairs, pad_pairs
 from minimind_dpo.errors import UserError
-from minimind_dpo.models import attention, attention_cpu, attention_parts, fused, head
-from minimind_dpo.models.attention import use_pair_attention
-from minimind_dpo.scoring import PairScorer, embedding_rows
+from minimind_dpo.models.fast import attention, attention_cpu, attention_parts, head
+from minimind_dpo.models.fast import nodes as fused
+from minimind_dpo.models.fast.attention import use_pair_attention
+from minimind_dpo.objective.scoring import PairScorer, embedding_rows
 
 logger = logging.getLogger(__name__)
 

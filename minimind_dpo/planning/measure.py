@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from minimind_dpo.errors import TrainingError
 from minimind_dpo.models.loading import locate_model
-from minimind_dpo.planning_memory import BUCKET, PERSISTENT, Setup
-from minimind_dpo.planning_shape import read_config
+from minimind_dpo.planning.memory import BUCKET, PERSISTENT, Setup
+from minimind_dpo.planning.shape import read_config
 
 STEPS = 2
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "user", "assistant", "\n", "a", "b", "c"]

@@ -16,12 +16,12 @@ from accelerate import Accelerator, InitProcessGroupKwargs, cpu_offload
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from minimind_dpo import zero
+from minimind_dpo.checkpoints.state import TrainedState
 from minimind_dpo.config import TrainConfig
-from minimind_dpo.cpu import set_up_cpu
+from minimind_dpo.engine import sharding as zero
+from minimind_dpo.engine.cpu import set_up_cpu
+from minimind_dpo.engine.sharding import full_shape, local_values, whole
 from minimind_dpo.errors import UserError
-from minimind_dpo.fragments import TrainedState
-from minimind_dpo.zero import full_shape, local_values, whole
 
 __all__ = ["full_shape", "local_values", "whole"]  # what is true of any engine: without ZeRO they leave things be
 

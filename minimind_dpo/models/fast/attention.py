@@ -21,9 +21,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from minimind_dpo.data.batch import PairSegment
-from minimind_dpo.models.attention_cpu import CpuPairAttention
-from minimind_dpo.models.attention_parts import banded_mask, pair_parts, part_keys
-from minimind_dpo.models.precision import autocast
+from minimind_dpo.models.fast.attention_cpu import CpuPairAttention
+from minimind_dpo.models.fast.attention_parts import banded_mask, pair_parts, part_keys
+from minimind_dpo.models.fast.precision import autocast
 
 PAIR_ATTENTION = "minimind_dpo_pairs"
 
@@ -44,7 +44,7 @@ def pair_attention(
 
     Args:
         module: the model's attention module; its `wanted_rows`, if it has any, say whose outputs are used
-            (`models/fused.py`; the CPU computes no others, which become 0 or anything).
+            (`models/fast/nodes.py`; the CPU computes no others, which become 0 or anything).
         query: [1, heads, T, head_dim].
         key: [1, key/value heads, T, head_dim]; `value` likewise.
         attention_mask: None for packed rows.

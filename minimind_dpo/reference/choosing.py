@@ -14,11 +14,21 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from minimind_dpo.config import TrainConfig
-from minimind_dpo.engine import divides_states, freeze, is_sharded, loading_reference, release, scoring_dtype, unwrap
+from minimind_dpo.engine.launcher import (
+    divides_states,
+    freeze,
+    is_sharded,
+    loading_reference,
+    release,
+    scoring_dtype,
+    unwrap,
+)
+from minimind_dpo.engine.ranks import decide, on_main
 from minimind_dpo.errors import UserError
-from minimind_dpo.layout import PairLayout, adopt_layout
-from minimind_dpo.ranks import decide, on_main
-from minimind_dpo.reference import (
+from minimind_dpo.objective.layout import PairLayout, adopt_layout
+from minimind_dpo.objective.scoring import PairScorer
+from minimind_dpo.reference.cache import Needed, ReferenceCache, cache_directory
+from minimind_dpo.reference.sources import (
     AdapterReference,
     CachedReference,
     CacheFiller,
@@ -26,8 +36,6 @@ from minimind_dpo.reference import (
     Reference,
     reference_digest,
 )
-from minimind_dpo.reference_cache import Needed, ReferenceCache, cache_directory
-from minimind_dpo.scoring import PairScorer
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """The tensors of a checkpoint: every rank writes what it holds, any number of ranks reads what it needs.
 
-A file holds fragments (`fragments.py`) under keys `kind|name|start`; a fragment that a reader needs is put together
+A file holds fragments (`state.py`) under keys `kind|name|start`; a fragment that a reader needs is put together
 from whatever fragments the writers held. Nothing is gathered, and no more than `PART_BYTES` is copied at a time.
 """
 
@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minimind_dpo.fragments import Fragment
+from minimind_dpo.checkpoints.state import Fragment
 
 PART_BYTES = 1 << 30
 

@@ -21,9 +21,9 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from minimind_dpo.checkpoints.files import FragmentReader, write_fragments
+from minimind_dpo.checkpoints.state import TrainedState
 from minimind_dpo.errors import UserError
-from minimind_dpo.fragments import TrainedState
-from minimind_dpo.shards import FragmentReader, write_fragments
 
 logger = logging.getLogger(__name__)
 

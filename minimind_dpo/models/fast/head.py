@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from minimind_dpo.models.precision import autocast
+from minimind_dpo.models.fast.precision import autocast
 
 CHUNK_ELEMENTS = 1 << 25  # 128 MiB of fp32 logits
 

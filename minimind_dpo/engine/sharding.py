@@ -1,6 +1,6 @@
 """DeepSpeed's ZeRO from inside: the part of each parameter a rank holds, and frozen models sharded the same way.
 
-Only `engine.py` and `fragments.py` import this module, and it imports DeepSpeed, which takes seconds, when first asked.
+It imports DeepSpeed, which takes seconds, when first asked.
 ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054.
 """
 

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from minimind_dpo.data.batch import PairSegment
-from minimind_dpo.models.attention_parts import Part, banded_mask, pair_parts, part_keys
+from minimind_dpo.models.fast.attention_parts import Part, banded_mask, pair_parts, part_keys
 
 BLOCK = 128  # queries at a time; fewer make products too small, more compute too many hidden scores
 KEPT_KEYS = 384  # the softmax of queries that see more keys is computed again: it would outgrow the other activations
 
 
 class CpuPairAttention(torch.autograd.Function):
-    """The attention of `models/attention.py` as one node for all pairs, with one gradient each for the whole row.
+    """The attention of `models/fast/attention.py` as one node for all pairs, with one gradient each for the whole row.
 
     Left to autograd, every slice of a segment would get a gradient as long as the whole row, zeros but for the slice,
     and these would be added up: 5 % of a step of eight pairs.

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from minimind_dpo.errors import UserError
 from minimind_dpo.models.adapters import add_adapters
-from minimind_dpo.models.fused import fuse
+from minimind_dpo.models.fast.nodes import fuse
 from minimind_dpo.models.loading import locate_model, read_raw_weights
 from minimind_dpo.models.weights import MODEL_CLASSES, minimind_config, read_layout
 
@@ -34,7 +34,7 @@ class ModelShape:
         routed: experts a token is sent to, 0 in a dense model.
         gated: whether feed-forward blocks have a gate beside the first matrix.
         normed_heads: whether queries and keys are normalised.
-        fused: whether norms and feed-forward blocks are those of `models/fused.py`.
+        fused: whether norms and feed-forward blocks are those of `models/fast/nodes.py`.
         vocab: tokens that the output layer scores.
         stored: bytes of an element in the source: 4 fp32, 2 half precision.
         lora_r: rank of the LoRA matrices, 0 without.

@@ -53,7 +53,7 @@ def write_report(run_dir: Path) -> Path:
     replies = _read_lines(run_dir / "replies.jsonl")
     page = (
         Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        .from_string((Path(__file__).parent / "report_template.html").read_text(encoding="utf-8"))
+        .from_string((Path(__file__).parent / "template.html").read_text(encoding="utf-8"))
         .render(
             title=str(config.get("run_name") or run_dir.resolve().name),
             finished=bool(summary),

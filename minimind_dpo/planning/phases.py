@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from minimind_dpo.cpu import LARGE
-from minimind_dpo.planning_memory import (
+from minimind_dpo.engine.cpu import LARGE
+from minimind_dpo.planning.memory import (
     BUCKET,
     Part,
     Setup,
@@ -19,7 +19,7 @@ from minimind_dpo.planning_memory import (
     reference_parts,
     softmax_part,
 )
-from minimind_dpo.planning_shape import ModelShape
+from minimind_dpo.planning.shape import ModelShape
 
 PARTS = (
     "process",

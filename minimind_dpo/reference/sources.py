@@ -16,12 +16,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from minimind_dpo.data.batch import PairBatch, pair_key
-from minimind_dpo.engine import whole
+from minimind_dpo.engine.launcher import whole
+from minimind_dpo.engine.ranks import on_main
 from minimind_dpo.errors import StoppedEarly, UserError
-from minimind_dpo.layout import Autocast, PairLayout
-from minimind_dpo.ranks import on_main
-from minimind_dpo.reference_cache import SEGMENT_CHUNKS, Needed, ReferenceCache
-from minimind_dpo.scoring import PairScorer
+from minimind_dpo.objective.layout import Autocast, PairLayout
+from minimind_dpo.objective.scoring import PairScorer
+from minimind_dpo.reference.cache import SEGMENT_CHUNKS, Needed, ReferenceCache
 
 logger = logging.getLogger(__name__)
 

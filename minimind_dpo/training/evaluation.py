@@ -10,10 +10,10 @@ from minimind_dpo.config import TrainConfig
 from minimind_dpo.data.batch import PairBatch
 from minimind_dpo.data.order import PairOrder, split_step
 from minimind_dpo.data.tokenized import TokenizedData
-from minimind_dpo.layout import PairLayout
-from minimind_dpo.losses import dpo_losses
-from minimind_dpo.reference import Reference
-from minimind_dpo.scoring import sum_per_side
+from minimind_dpo.objective.layout import PairLayout
+from minimind_dpo.objective.losses import dpo_losses
+from minimind_dpo.objective.scoring import sum_per_side
+from minimind_dpo.reference.sources import Reference
 from minimind_dpo.training.metrics import empty_sums, metrics_of, pair_sums
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from minimind_dpo.data.batch import PairBatch
-from minimind_dpo.models.fused import fuse, restrict_last_layer
-from minimind_dpo.models.head import split_head
+from minimind_dpo.models.fast.head import split_head
+from minimind_dpo.models.fast.nodes import fuse, restrict_last_layer
 from minimind_dpo.models.router import router_aux_loss, router_settings
 
 

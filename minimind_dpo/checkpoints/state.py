@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from minimind_dpo import zero
+from minimind_dpo.engine import sharding as zero
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

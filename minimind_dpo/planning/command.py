@@ -13,10 +13,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from minimind_dpo.config import REFERENCES
 from minimind_dpo.errors import EXIT_DONE, UserError
-from minimind_dpo.planning_measure import measure, process_bytes
-from minimind_dpo.planning_memory import Setup
-from minimind_dpo.planning_phases import PARTS, Memory, predict
-from minimind_dpo.planning_shape import ModelShape, read_shape
+from minimind_dpo.planning.measure import measure, process_bytes
+from minimind_dpo.planning.memory import Setup
+from minimind_dpo.planning.phases import PARTS, Memory, predict
+from minimind_dpo.planning.shape import ModelShape, read_shape
 
 GIB = 2**30
 SPARE = 1.1  # a configuration fits with a tenth to spare

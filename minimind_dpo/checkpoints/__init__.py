@@ -1,0 +1,1 @@
+"""How the state of a run is kept."""

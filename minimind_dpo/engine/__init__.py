@@ -1,0 +1,1 @@
+"""On what: processes, devices, DDP and ZeRO."""

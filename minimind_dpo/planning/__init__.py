@@ -1,0 +1,1 @@
+"""`minimind-dpo plan`: memory before anything is launched."""

@@ -1,0 +1,1 @@
+"""Against what: where reference log-probabilities come from."""
