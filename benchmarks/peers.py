@@ -54,9 +54,9 @@ def contest(name: str, job: Job, gate: Gate) -> None:
 def ours(name: str, job: Job, gate: Gate) -> None:
     """The product: a run put together and trained by its own entry points, with a gate in place of metrics.jsonl."""
     from minimind_dpo.config import make_config
-    from minimind_dpo.data.tokenized import load_tokenizer
-    from minimind_dpo.engine.launcher import make_accelerator
+    from minimind_dpo.engine.launcher import start_engine
     from minimind_dpo.training.loop import train
+    from minimind_dpo.training.run_directory import RunLog
     from minimind_dpo.training.setup import build_run
     from minimind_dpo.training.signals import StopRequest
 
@@ -82,12 +82,11 @@ def ours(name: str, job: Job, gate: Gate) -> None:
         }
     )
     with StopRequest() as stop:
-        run = build_run(config, make_accelerator(config), load_tokenizer(job.tokenizer), None, stop)
+        run = build_run(config, start_engine(config), None, stop)
         if name == "ours_fill":
             _fill(run, gate)
         else:
-            run.metrics = _MetricsGate(gate)  # type: ignore[assignment]
-            train(run)
+            train(run, RunLog(_MetricsGate(gate)))  # type: ignore[arg-type]
 
 
 class _MetricsGate:
@@ -117,7 +116,7 @@ def _fill(run: Any, gate: Gate) -> None:
             os.environ["MINIMIND_DPO_CACHE"] = cache
             make_reference(
                 run.config,
-                run.accelerator,
+                run.engine,
                 LoadedReference("cache", None, "filled anew"),
                 run.scorer,
                 run.layout,

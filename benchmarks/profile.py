@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,14 @@ import torch
 from benchmarks.throughput import matrix_peak
 from benchmarks.workloads import MAX_LENGTH, MIXES, minimind_shape, mix_lengths, save_model, word_tokenizer, write_pairs
 from minimind_dpo.config import make_config
-from minimind_dpo.data.tokenized import load_tokenizer
-from minimind_dpo.engine.launcher import make_accelerator, unwrap
+from minimind_dpo.engine.launcher import start_engine
+from minimind_dpo.engine.protocol import unwrap
 from minimind_dpo.models.fast.attention_cpu import CpuPairAttention
 from minimind_dpo.models.fast.head import _TokenLogps
 from minimind_dpo.training import loop
+from minimind_dpo.training.batches import LoadedStep
+from minimind_dpo.training.run import Run
+from minimind_dpo.training.run_directory import RunLog
 from minimind_dpo.training.setup import build_run
 from minimind_dpo.training.signals import StopRequest
 
@@ -90,27 +94,26 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def watch(run: loop.Run, clock: Stopwatch) -> None:
+def watch(run: Run, clock: Stopwatch) -> None:
     """Put the stopwatch around the parts of a run's step."""
     scorer = unwrap(run.scorer)
     decoder, head = scorer._split
 
     def load(*args: Any) -> Iterator[Any]:
-        batches = loading(*args)
-        pull = clock.around("data", lambda: next(batches))
-        while True:
-            yield pull()
+        for plan, batches in loading(*args):
+            pull = clock.around("data", partial(next, batches))
+            yield LoadedStep(plan, (pull() for _ in plan.micro_batches))
 
     def step(*args: Any) -> Any:
-        outcome = stepping(*args)
+        result = stepping(*args)
         clock.end_step()
-        return outcome
+        return result
 
-    loading, stepping = loop.load_batches, clock.around("everything else", loop._optimizer_step)
-    loop.load_batches, loop._optimizer_step = load, step
+    loading, stepping = loop.load_steps, clock.around("everything else", loop.optimizer_step)
+    loop.load_steps, loop.optimizer_step = load, step
     loop.score_batch = clock.around("loss and metrics", loop.score_batch)
-    loop.backward = clock.around("backward: layers", loop.backward)
-    loop.apply_gradients = clock.around("clipping and optimizer", loop.apply_gradients)
+    run.engine.backward = clock.around("backward: layers", run.engine.backward)  # type: ignore[method-assign]
+    run.engine.step = clock.around("clipping and optimizer", run.engine.step)  # type: ignore[method-assign]
     run.reference.per_token_logps = clock.around("reference", run.reference.per_token_logps)  # type: ignore[method-assign]
     decoder.forward = clock.around("forward: layers", decoder.forward)
     head.forward = clock.around("forward: head", head.forward)
@@ -152,12 +155,10 @@ def main() -> None:
             }
         )
         with StopRequest() as stop:
-            run = build_run(
-                config, make_accelerator(config), load_tokenizer(config.tokenizer_name_or_path or ""), None, stop
-            )
+            run = build_run(config, start_engine(config), None, stop)
             clock = Stopwatch()
             watch(run, clock)
-            loop.train(run)
+            loop.train(run, RunLog(None))
     _print(clock, run, args.batch)
 
 
@@ -168,7 +169,7 @@ def vocabulary_of(model: str) -> int:
     return AutoConfig.from_pretrained(model).vocab_size
 
 
-def _print(clock: Stopwatch, run: loop.Run, batch: int) -> None:
+def _print(clock: Stopwatch, run: Run, batch: int) -> None:
     steps = clock.steps[1:]
     seconds = {phase: statistics.median(step.get(phase, 0.0) for step in steps) for phase in PHASES}
     total = sum(seconds.values())

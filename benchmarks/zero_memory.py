@@ -28,8 +28,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from minimind_dpo.config import make_config
 from minimind_dpo.data.batch import pad_pairs
-from minimind_dpo.engine.launcher import apply_gradients, backward, make_accelerator, make_optimizer, prepare
+from minimind_dpo.engine.launcher import start_engine
 from minimind_dpo.objective.scoring import PairScorer
+from minimind_dpo.training.setup import make_optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
 BUCKET = 1_000_000  # elements; small, since the table is about states
@@ -61,7 +62,7 @@ def live_bytes(model: torch.nn.Module) -> int:
 def measure(hidden_size: int) -> None:
     """Train one step on this rank and print the bytes a parameter it holds."""
     config = make_config({"model_name_or_path": "none", "train_data": ["none"], "output_dir": "none"})
-    accelerator = make_accelerator(config)
+    engine = start_engine(config)
     shape = LlamaConfig(
         vocab_size=6400,
         hidden_size=hidden_size,
@@ -74,15 +75,15 @@ def measure(hidden_size: int) -> None:
     model = LlamaForCausalLM._from_config(shape)  # under stage 3 sharded from its first weight on
     parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
     scorer = PairScorer(model.train())
-    scorer, optimizer = prepare(accelerator, scorer, make_optimizer(scorer, 1e-5, 0.01))
+    scorer, _ = engine.prepare(scorer, make_optimizer(scorer, 1e-5, 0.01))
     held = 0
     for _ in range(2):
-        backward(accelerator, scorer(pad_pairs([ROW]).to(accelerator.device)).per_token_logps.sum(), last=True)
+        engine.backward(scorer(pad_pairs([ROW]).to(engine.device)).per_token_logps.sum(), last=True)
         held = live_bytes(scorer)
-        apply_gradients(accelerator, scorer, optimizer, 1.0)
-    if accelerator.is_main_process:
+        engine.step(1.0)
+    if engine.is_main:
         print(f"MEASURED {held / parameters:.2f} {parameters}", flush=True)
-    accelerator.end_training()
+    engine.end()
 
 
 def launch(stage: int, ranks: int, hidden_size: int, directory: Path) -> tuple[float, int]:

@@ -9,47 +9,41 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from accelerate import Accelerator
-
 from minimind_dpo.checkpoints.directory import find_checkpoint
 from minimind_dpo.config import TrainConfig, load_config
-from minimind_dpo.data.tokenized import load_tokenizer
 from minimind_dpo.engine.ranks import on_main
 from minimind_dpo.errors import exit_code
 from minimind_dpo.training.loop import train
-from minimind_dpo.training.run_directory import finish_run, held
-from minimind_dpo.training.session import in_session, tokenizer_path
+from minimind_dpo.training.run_directory import finish_run, locked, open_run
+from minimind_dpo.training.session import Session
 from minimind_dpo.training.setup import build_run
-from minimind_dpo.training.signals import StopRequest
 
 
-def run(config: TrainConfig, last_act: bool = False) -> int:
+def run(config: TrainConfig, ends_process: bool = False) -> int:
     """Train as `config` says; 0 when the run is done, 75 when a signal stopped it with a checkpoint written.
 
     Args:
         config: of the run.
-        last_act: the process ends after it; signals that come then are ignored.
+        ends_process: the process ends after it; signals that come then are ignored.
 
     Raises:
         UserError: a mistake in the configuration, the data or the files named.
     """
-
-    def work(accelerator: Accelerator, stop: StopRequest) -> None:
-        directory = Path(config.output_dir)
-        with ExitStack() as stack:
-            on_main(accelerator, lambda: stack.enter_context(held(directory)))
-            checkpoint = on_main(accelerator, lambda: find_checkpoint(directory / "checkpoints", config.resume))
-            tokenizer = load_tokenizer(tokenizer_path(config), config.trust_remote_code)
-            training = build_run(config, accelerator, tokenizer, checkpoint, stop)
-            train(training)
-            finish_run(training)
-
-    return in_session(config, work, last_act)
+    session = Session(config, ends_process)
+    with session, ExitStack() as stack:
+        directory, engine = Path(config.output_dir), session.engine
+        on_main(engine, lambda: stack.enter_context(locked(directory)))
+        checkpoint = on_main(engine, lambda: find_checkpoint(directory / "checkpoints", config.resume))
+        training = build_run(config, engine, checkpoint, session.stop)
+        log = open_run(training, resumed=checkpoint is not None)
+        train(training, log)
+        finish_run(training, log)
+    return session.exit_code
 
 
 def main(argv: list[str]) -> int:
     """`minimind-dpo train`."""
-    return run(load_config(argv), last_act=True)
+    return run(load_config(argv), ends_process=True)
 
 
 if __name__ == "__main__":

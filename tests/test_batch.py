@@ -16,7 +16,8 @@ from minimind_dpo.models.fast import head
 from minimind_dpo.models.router import router_aux_loss, router_settings
 from minimind_dpo.objective.layout import PACKED, PLAIN, choose_layout
 from minimind_dpo.objective.losses import dpo_losses
-from minimind_dpo.objective.scoring import PairScorer, PairScores, sum_per_side
+from minimind_dpo.objective.scoring import PairScorer, PairScores
+from minimind_dpo.objective.sums import sum_per_side
 
 KINDS = ["llama", "mistral_window", "qwen3", "qwen3_moe", "minimind_moe"]
 

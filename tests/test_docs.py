@@ -16,7 +16,7 @@ import pytest
 from minimind_dpo.cli import VERBS
 from minimind_dpo.cli import main as cli
 from minimind_dpo.config import LOSS_TYPES, LR_SCHEDULER_TYPES, REFERENCES, TrainConfig, load_config
-from minimind_dpo.training.metrics import PAIR_METRICS
+from minimind_dpo.objective.sums import PAIR_METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

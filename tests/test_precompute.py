@@ -15,8 +15,9 @@ import pytest
 from helpers_run import REPOSITORY, WORDS, Inputs, command, environment, lines, same_bits, train_here
 
 from minimind_dpo import cli
-from minimind_dpo.reference import sources as reference
 from minimind_dpo.reference.cache import ReferenceCache
+from minimind_dpo.reference.filling import CacheFiller
+from minimind_dpo.reference.sources import LiveReference
 
 TIMES = {"pairs_per_second", "tokens_per_second", "peak_memory_gib"}
 
@@ -44,7 +45,7 @@ def assert_trains_as_if_it_had_filled(
     """Training with the present cache computes nothing, and gives the bits of training with an empty one."""
     before = cache_files()
     with monkeypatch.context() as patched:
-        patched.setattr(reference.CacheFiller, "fill", None)
+        patched.setattr(CacheFiller, "fill", None)
         patched.setattr(ReferenceCache, "write_chunk", None)
         assert train_here(inputs.flags(directory / "after", reference="cache", **options)) == 0
     assert cache_files() == before
@@ -151,8 +152,8 @@ def test_auto_fills_a_cache_only_to_read_it_twice(
     assert any(".arrow " in name for name in cache_files()) == fills
     assert cli.main(["precompute", *inputs.flags(tmp_path / "unused", **options)]) == 0
     before = cache_files()
-    monkeypatch.setattr(reference.CacheFiller, "fill", None)
-    monkeypatch.setattr(reference.LiveReference, "per_token_logps", None)
+    monkeypatch.setattr(CacheFiller, "fill", None)
+    monkeypatch.setattr(LiveReference, "per_token_logps", None)
     assert train_here(inputs.flags(tmp_path / "complete", **options)) == 0
     assert cache_files() == before
     for ours, theirs in zip(numbers(tmp_path / "empty"), numbers(tmp_path / "complete"), strict=True):

@@ -13,20 +13,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 from helpers_model import random_row, tiny_model
 from torch import nn
 
+from minimind_dpo.config import TrainConfig
 from minimind_dpo.data.batch import pack_pairs, pair_key
 from minimind_dpo.data.tokenized import Report, TokenizedData
+from minimind_dpo.engine.launcher import start_engine
+from minimind_dpo.engine.protocol import Engine
 from minimind_dpo.errors import StoppedEarly, UserError
 from minimind_dpo.models.fast.attention import use_pair_attention
+from minimind_dpo.objective.layout import PACKED
 from minimind_dpo.objective.scoring import PairScorer
 from minimind_dpo.reference import cache as reference_cache
-from minimind_dpo.reference import sources as reference
+from minimind_dpo.reference import filling
 from minimind_dpo.reference.cache import Needed, ReferenceCache
-from minimind_dpo.reference.sources import CachedReference, CacheFiller, LiveReference, split_by_tokens
+from minimind_dpo.reference.filling import CacheFiller, split_by_tokens
+from minimind_dpo.reference.sources import CachedReference, LiveReference
 
 PAIRS, CHUNK = 23, 4  # six chunks, the last of three pairs
 
@@ -36,8 +40,8 @@ def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 4 pairs, segments of 2 chunks, batches of at most 60 tokens."""
     monkeypatch.setattr(reference_cache, "CHUNK_PAIRS", CHUNK)
     monkeypatch.setattr(reference_cache, "SEGMENT_CHUNKS", 2)
-    monkeypatch.setattr(reference, "SEGMENT_CHUNKS", 2)
-    monkeypatch.setattr(reference.split_by_tokens, "__defaults__", (60,))
+    monkeypatch.setattr(filling, "SEGMENT_CHUNKS", 2)
+    monkeypatch.setattr(filling.split_by_tokens, "__defaults__", (60,))
 
 
 class Scorer(nn.Module):
@@ -74,9 +78,14 @@ def needed(rows: list[dict[str, Any]], positions: Sequence[int] | None = None) -
     return Needed(data, range(len(rows)) if positions is None else positions)
 
 
+def engine() -> Engine:
+    """One process on the CPU."""
+    return start_engine(TrainConfig(model_name_or_path="none", train_data=["none"]))
+
+
 def fill(directory: Path, scorer: Scorer, pairs: Needed, stop: Callable[[], bool] = lambda: False) -> int:
     """Pairs that had to be scored."""
-    filler = CacheFiller(ReferenceCache(directory), scorer, pack_pairs, Accelerator(cpu=True), together=False)
+    filler = CacheFiller(ReferenceCache(directory), scorer, PACKED, engine())
     before = scorer.scored
     scored = filler.fill(pairs, stop)
     assert scorer.scored - before == scored
@@ -105,7 +114,7 @@ def test_values_are_the_live_ones(tmp_path: Path, scorer: Scorer) -> None:
     cache = ReferenceCache(tmp_path)
     cache.open(cache.marked([needed(rows)]) or [])
     batch = pack_pairs(rows[3:9])
-    live = LiveReference(scorer, Accelerator(cpu=True).autocast)
+    live = LiveReference(scorer, engine().autocast)
     torch.testing.assert_close(
         CachedReference(cache).per_token_logps(batch), live.per_token_logps(batch), rtol=1e-5, atol=1e-5
     )
@@ -235,7 +244,7 @@ def test_two_runs_share_a_directory(tmp_path: Path, scorer: Scorer) -> None:
         fill(tmp_path / "shared", scorer, rows)
         return False
 
-    filler = CacheFiller(ReferenceCache(tmp_path / "shared"), scorer, pack_pairs, Accelerator(cpu=True), together=False)
+    filler = CacheFiller(ReferenceCache(tmp_path / "shared"), scorer, PACKED, engine())
     assert filler.fill(rows, other_run) == PAIRS
     assert contents(tmp_path / "shared", rows) == contents(tmp_path / "alone", rows)
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from minimind_dpo import load_model
 from minimind_dpo.checkpoints.files import FragmentReader, write_fragments
-from minimind_dpo.checkpoints.state import Fragment, TrainedState
 from minimind_dpo.cli import main as cli
+from minimind_dpo.engine.fragments import Fragment
+from minimind_dpo.engine.launched import evenly_divided
 from minimind_dpo.errors import UserError
 from minimind_dpo.models.adapters import add_adapters
 from minimind_dpo.models.saving import save_adapter, save_model, split_shards
@@ -53,10 +54,8 @@ def test_parts_are_bounded(tmp_path: Path) -> None:
 
 def test_ranks_that_hold_everything_divide_the_writing() -> None:
     """Sizes 6, 2, 2, 2 on two ranks: the first six of twelve elements are rank 0's."""
-    named = [(f"p{size}{index}", torch.nn.Parameter(torch.ones(size))) for index, size in enumerate([6, 2, 2, 2])]
-    optimizer = torch.optim.AdamW([parameter for _, parameter in named])
-    own = [[part.name for part in TrainedState(optimizer, named, None, rank, 2).own()] for rank in range(2)]
-    assert own == [["p60"], ["p21", "p22", "p23"]]
+    assert evenly_divided([6, 2, 2, 2], rank=0, world_size=2) == [True, False, False, False]
+    assert evenly_divided([6, 2, 2, 2], rank=1, world_size=2) == [False, True, True, True]
 
 
 def test_split_shards() -> None:

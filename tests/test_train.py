@@ -31,7 +31,7 @@ from minimind_dpo.checkpoints.directory import checkpoint_problem
 from minimind_dpo.config import load_config
 from minimind_dpo.errors import TrainingError, UserError
 from minimind_dpo.training import loop
-from minimind_dpo.training.run_directory import held
+from minimind_dpo.training.run_directory import locked
 
 CONTRACT_METRICS = {
     "step",
@@ -239,10 +239,10 @@ def test_ranks_end_with_their_launcher(inputs: Inputs, tmp_path: Path) -> None:
 
 def test_one_run_a_directory(inputs: Inputs, tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    with held(directory):
+    with locked(directory):
         with (
             pytest.raises(UserError, match=rf"is in use by another run \(process {os.getpid()} on "),
-            held(directory, patience=0.3),
+            locked(directory, patience=0.3),
         ):
             pass
     assert train_here(inputs.flags(directory, max_steps=1)) == 0  # free again

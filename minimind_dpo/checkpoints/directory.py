@@ -1,74 +1,44 @@
 """Checkpoints that are complete or absent: written aside, hashed, synced, then renamed into place.
 
-    OUTPUT_DIR/checkpoints/step-000123/   accelerate's state of every rank, trainer_state.json, manifest.json
+    OUTPUT_DIR/checkpoints/step-000123/   each rank's share of the state, trainer_state.json, manifest.json
 
 The only module that writes, validates and deletes checkpoints. State is saved at optimizer-step boundaries only.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import gather_object
-
 from minimind_dpo.checkpoints.files import FragmentReader, write_fragments
-from minimind_dpo.checkpoints.state import TrainedState
+from minimind_dpo.checkpoints.state import TrainerState, read_state, write_state
+from minimind_dpo.engine.protocol import Engine
 from minimind_dpo.errors import UserError
+from minimind_dpo.files import discard, make_anew, put_in_place, sync
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-STATE = "trainer_state.json"
-NUMBERS = "optimizer.json"
-
-
-@dataclass
-class TrainerState:
-    """What a run knows of itself beside weights and optimizer.
-
-    Attributes:
-        step: finished optimizer steps.
-        total_steps: optimizer steps of the whole run.
-        seconds: wall time spent in training so far, over all sessions of the run.
-        identity: what must be equal for a resume to continue the same run (`reference_digest`, data, settings).
-        tracker_run_id: the tracker's id of the run, to append to it.
-    """
-
-    step: int = 0
-    total_steps: int = 0
-    seconds: float = 0.0
-    identity: dict[str, Any] = field(default_factory=dict)
-    tracker_run_id: str | None = None
+SCALARS = "optimizer.json"
 
 
 def save_checkpoint(
-    accelerator: Accelerator,
-    directory: Path,
-    state: TrainerState,
-    keep: int,
-    trained: TrainedState,
-    describe_model: Callable[[Path], None],
+    engine: Engine, directory: Path, state: TrainerState, keep: int, describe_model: Callable[[Path], None]
 ) -> Path:
     """Write `directory`/step-N; every rank must call it, and sees the same file system.
 
     Older checkpoints are deleted only once the new one is in place, down to `keep` (0 keeps all).
 
     Args:
-        accelerator: of the run.
+        engine: whose state is saved.
         directory: of the run's checkpoints.
         state: of the run at this step.
         keep: how many checkpoints to keep.
-        trained: weights and optimizer.
         describe_model: writes what a model directory holds beside the weights (configuration, tokenizer).
 
     Raises:
@@ -77,36 +47,32 @@ def save_checkpoint(
     final = directory / f"step-{state.step:06d}"
     partial = directory / f".step-{state.step:06d}.partial"
     own_files: list[Path] = []
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    if engine.is_main:
+        make_anew(partial)
         describe_model(partial)
-        (partial / STATE).write_text(json.dumps(dataclasses.asdict(state), indent=1), "utf-8")
-        (partial / NUMBERS).write_text(json.dumps(trained.numbers(), indent=1), "utf-8")
+        write_state(state, partial)
+        (partial / SCALARS).write_text(json.dumps(engine.scalars(), indent=1), "utf-8")
         own_files = sorted(path for path in partial.rglob("*") if path.is_file())
-    accelerator.wait_for_everyone()
+    engine.wait()
     if not partial.is_dir():
         raise UserError(
-            f"rank {accelerator.process_index} does not see {partial}, which rank 0 has just made: "
+            f"rank {engine.rank} does not see {partial}, which rank 0 has just made: "
             "output_dir must lie on a file system that all nodes share"
         )
-    own_files += write_fragments(partial, accelerator.process_index, trained.own())
-    entries = gather_object([_entries(partial, own_files)])
-    if accelerator.is_main_process:
+    own_files += write_fragments(partial, engine.rank, engine.shared_fragments())
+    entries = engine.gather_objects(_entries(partial, own_files))
+    if engine.is_main:
         files = {name: entry for part in entries for name, entry in part.items()}
         (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=1), "utf-8")
-        _sync(partial / MANIFEST)
-        _sync(partial)
-        if final.exists():  # this step again, after a resume from an older checkpoint
-            _discard(final)
-        os.replace(partial, final)
-        _sync(directory)
+        sync(partial / MANIFEST)
+        sync(partial)
+        put_in_place(partial, final)  # `final` is there where an older checkpoint was resumed and this step comes again
         _prune(directory, keep)
-    accelerator.wait_for_everyone()
+    engine.wait()
     return final
 
 
-def load_checkpoint(path: Path, trained: TrainedState) -> TrainerState:
+def load_checkpoint(path: Path, engine: Engine) -> TrainerState:
     """Restore this rank's part of a validated checkpoint, whatever engine and number of ranks wrote it.
 
     Raises:
@@ -114,7 +80,7 @@ def load_checkpoint(path: Path, trained: TrainedState) -> TrainerState:
     """
     reader = FragmentReader(path)
     try:
-        for fragment in trained.held():
+        for fragment in engine.fragments():
             if reader.shapes[fragment.name] != fragment.shape:
                 raise KeyError(f"{fragment.name} is {reader.shapes[fragment.name]} there, {fragment.shape} here")
             reader.fill(fragment)
@@ -123,13 +89,8 @@ def load_checkpoint(path: Path, trained: TrainedState) -> TrainerState:
             f"{path} does not fit the model: {error.args[0]}. Use the run's own model and LoRA "
             "settings, or another output_dir"
         ) from None
-    trained.restore_numbers(json.loads((path / NUMBERS).read_text("utf-8")))
+    engine.restore_scalars(json.loads((path / SCALARS).read_text("utf-8")))
     return read_state(path)
-
-
-def read_state(path: Path) -> TrainerState:
-    """The trainer state of a checkpoint."""
-    return TrainerState(**json.loads((path / STATE).read_text("utf-8")))
 
 
 def find_checkpoint(directory: Path, resume: str) -> Path | None:
@@ -170,9 +131,7 @@ def set_aside_later(directory: Path, step: int) -> None:
     for path in _newest_first(directory):
         if _step_of(path) > step:
             aside = path.with_name(f"abandoned-{path.name}")
-            if aside.exists():
-                shutil.rmtree(aside)
-            os.replace(path, aside)
+            put_in_place(path, aside)
             logger.warning("%s lies beyond the step resumed from: kept as %s", path.name, aside)
 
 
@@ -199,7 +158,7 @@ def checkpoint_problem(path: Path) -> str | None:
 def _entries(directory: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
     """Size and digest of files, which are on the disk when this returns."""
     for path in files:
-        _sync(path)
+        sync(path)
     return {str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files}
 
 
@@ -208,20 +167,12 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _prune(directory: Path, keep: int) -> None:
     for path in directory.glob(".step-*.partial"):
         shutil.rmtree(path, ignore_errors=True)
     if keep:
         for path in _newest_first(directory)[keep:]:
-            _discard(path)
+            discard(path)
 
 
 def _newest_first(directory: Path) -> list[Path]:
@@ -230,10 +181,3 @@ def _newest_first(directory: Path) -> list[Path]:
 
 def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
-
-
-def _discard(path: Path) -> None:
-    # renamed first, so that a crash half-way leaves no half checkpoint under a complete one's name
-    doomed = path.with_name(f".{path.name}.discarded.partial")
-    os.replace(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)

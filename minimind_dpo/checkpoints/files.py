@@ -1,7 +1,8 @@
 """The tensors of a checkpoint: every rank writes what it holds, any number of ranks reads what it needs.
 
-A file holds fragments (`state.py`) under keys `kind|name|start`; a fragment that a reader needs is put together
-from whatever fragments the writers held. Nothing is gathered, and no more than `PART_BYTES` is copied at a time.
+A file holds fragments (`engine/fragments.py`) under keys `kind|name|start`; a fragment that a reader needs is put
+together from whatever fragments the writers held. Nothing is gathered, and no more than `PART_BYTES` is copied at a
+time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minimind_dpo.checkpoints.state import Fragment
+from minimind_dpo.engine.fragments import Fragment
 
 PART_BYTES = 1 << 30
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -70,6 +71,33 @@ def _epoch_order(num_pairs: int, seed: int, epoch: int, shuffle: bool) -> np.nda
     if not shuffle:
         return np.arange(num_pairs)
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One rank's share of an optimizer step.
+
+    Attributes:
+        step: its number, from 1.
+        num_pairs: pairs of the step on all ranks.
+        micro_batches: this rank's, in order; every rank has as many.
+    """
+
+    step: int
+    num_pairs: int
+    micro_batches: list[MicroBatch]
+
+
+def plan_steps(
+    order: PairOrder, steps: range, tokens: np.ndarray, *, world_size: int, rank: int, micro_batch_size: int
+) -> Iterator[StepPlan]:
+    """The share of `rank` in each of `steps`; `tokens` [N] are the costs of all pairs (`split_step`)."""
+    for step in steps:
+        pairs = order.step_pairs(step)
+        micro_batches = split_step(
+            pairs, tokens[pairs], world_size=world_size, rank=rank, micro_batch_size=micro_batch_size
+        )
+        yield StepPlan(step, len(pairs), micro_batches)
 
 
 def total_steps(num_pairs: int, global_batch: int, num_train_epochs: float, max_steps: int) -> int:

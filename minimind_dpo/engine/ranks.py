@@ -13,19 +13,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from minimind_dpo.engine.protocol import Engine
 from minimind_dpo.errors import UserError, code_of, report
 
 _LEAVING_SECONDS = 60  # for a failed rank's teardown
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def on_main(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
+def on_main(engine: Engine, function: Callable[[], Any]) -> Any:
     """What `function` returns on the main process, or the UserError it raises there, on every rank."""
     outcome: list[Any] = [None]
-    if accelerator.is_main_process:
+    if engine.is_main:
         try:
             outcome = [function()]
         except UserError as error:
@@ -42,22 +42,22 @@ def decide(answer: Any) -> Any:
 
 
 @contextmanager
-def main_first(accelerator: Accelerator, task: str) -> Iterator[None]:
+def main_first(engine: Engine, task: str) -> Iterator[None]:
     """Run a block on the main process, then on the others, which wait for it as long as it takes.
 
     Not a barrier: what the main process does here may last longer than a collective may.
 
     Args:
-        accelerator: of the run.
+        engine: of the run.
         task: a name for the block, used once in a run.
     """
     key = f"minimind_dpo/{task}"
-    if accelerator.num_processes > 1 and not accelerator.is_main_process:
+    if engine.world_size > 1 and not engine.is_main:
         store = _store()
         while not store.check([key]):  # raises once the process that holds the store has gone
             time.sleep(0.1)
     yield
-    if accelerator.num_processes > 1 and accelerator.is_main_process:
+    if engine.world_size > 1 and engine.is_main:
         _store().set(key, "done")
 
 

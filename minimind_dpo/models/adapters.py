@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from minimind_dpo.checkpoints.files import FragmentReader
-from minimind_dpo.engine.launcher import whole
+from minimind_dpo.engine.sharding import whole
 from minimind_dpo.errors import UserError
 
 ADAPTER = "default"

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTraine
 from transformers.initialization import no_init_weights
 
 from minimind_dpo.checkpoints.files import FragmentReader
-from minimind_dpo.engine.launcher import local_values, whole
+from minimind_dpo.engine.sharding import local_values, whole
 from minimind_dpo.errors import UserError
 from minimind_dpo.models.adapters import merge_adapters
 from minimind_dpo.models.overrides import apply_overrides, check_overrides, parse_dtype

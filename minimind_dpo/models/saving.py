@@ -15,7 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from minimind_dpo.engine.launcher import full_shape, whole
+from minimind_dpo.engine.sharding import full_shape, whole
 from minimind_dpo.models.adapters import ADAPTER, has_adapters, merged_weights
 
 SHARD_BYTES = 4 << 30

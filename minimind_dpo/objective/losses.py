@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -114,6 +115,20 @@ LOSSES = {
     "hinge": Loss(hinge_loss),
     "ipo": Loss(ipo_loss, length_normalised=True),
 }
+
+
+class LossSettings(NamedTuple):
+    """A run's loss; the fields are the keyword arguments of `dpo_losses`.
+
+    Attributes:
+        loss_type: a key of `LOSSES`.
+        beta: strength of the pull towards the reference.
+        label_smoothing: assumed share of flipped preferences.
+    """
+
+    loss_type: str
+    beta: float
+    label_smoothing: float = 0.0
 
 
 def dpo_losses(

@@ -78,15 +78,6 @@ class PairScorer(nn.Module):
         return sequence_losses.view(-1, 2).mean(dim=1)
 
 
-def sum_per_side(per_token_logps: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor]:
-    """Sum [M] per-token log-probabilities over each side's completion tokens: chosen [B] and rejected [B], nats.
-
-    In float64: a sum of some hundred nats has steps of 1e-5 in float32, and losses are made of differences of them.
-    """
-    sums = torch.stack([part.sum(dtype=torch.float64) for part in per_token_logps.split(batch.side_sizes)]).view(-1, 2)
-    return sums[:, 0], sums[:, 1]
-
-
 def _kept(batch: PairBatch) -> Tensor:
     """Where a model's own forward pass has to apply its head: positions, or for rows of several a mask like them."""
     if batch.segments is not None:

@@ -1,38 +1,43 @@
-"""Micro-batches read and laid out, ahead of the step where processes are to spare."""
+"""Optimizer steps with their micro-batches read and laid out, ahead of the step where processes are to spare."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from itertools import tee
-from typing import Any
+from collections.abc import Iterable, Iterator
+from itertools import islice, tee
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
 
 from minimind_dpo.data.batch import PairBatch
-from minimind_dpo.data.order import MicroBatch
+from minimind_dpo.data.order import StepPlan
 from minimind_dpo.objective.layout import PairLayout
 
-Batches = Iterator[tuple[PairBatch, bool]]
+
+class LoadedStep(NamedTuple):
+    """An optimizer step, and its micro-batches on the host, laid out as they are asked for."""
+
+    plan: StepPlan
+    batches: Iterator[PairBatch]
 
 
-def load_batches(
-    dataset: Any, plan: Iterator[MicroBatch], layout: PairLayout, workers: int | None, device: torch.device
-) -> Batches:
-    """The micro-batches of `plan`, laid out on the host, each with its `counted` flag.
+def load_steps(
+    dataset: Any, plans: Iterable[StepPlan], layout: PairLayout, workers: int | None, device: torch.device
+) -> Iterator[LoadedStep]:
+    """The steps of `plans` in order; each must be used up before the next is asked for.
 
     Args:
         dataset: tokenised pairs.
-        plan: which of them, in order.
+        plans: which of them, in which micro-batches.
         layout: of a batch.
         workers: processes that work ahead; None takes none on a CPU, which has no core to spare, and 2 beside a GPU.
         device: that the batches will go to; for a GPU they lie in pinned memory.
     """
     on_gpu = device.type != "cpu"
     count = (2 if on_gpu else 0) if workers is None else workers
-    ours, theirs = tee(plan)
-    sampler: Any = (micro_batch.pairs for micro_batch in theirs)
+    ours, theirs = tee(plans)
+    sampler: Any = (micro_batch.pairs for plan in theirs for micro_batch in plan.micro_batches)
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -41,8 +46,9 @@ def load_batches(
         worker_init_fn=_start_worker if count else None,
         pin_memory=on_gpu,
     )
-    for micro_batch, batch in zip(ours, loader, strict=True):
-        yield batch, micro_batch.counted
+    batches = iter(loader)
+    for plan in ours:
+        yield LoadedStep(plan, islice(batches, len(plan.micro_batches)))
 
 
 def _start_worker(_: int) -> None:

@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import fcntl
 import json
 import logging
 import os
-import shutil
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from accelerate import Accelerator
-
-from minimind_dpo.checkpoints.directory import TrainerState
-from minimind_dpo.config import TrainConfig, save_config
-from minimind_dpo.engine.launcher import unwrap
+from minimind_dpo.checkpoints.directory import set_aside_later
+from minimind_dpo.config import save_config
+from minimind_dpo.engine.protocol import Engine
 from minimind_dpo.errors import UserError
+from minimind_dpo.files import replacing, sweep, write_text
 from minimind_dpo.models.adapters import has_adapters
 from minimind_dpo.models.saving import save_adapter, save_model
 from minimind_dpo.report.page import write_report
-from minimind_dpo.training.loop import Run
 from minimind_dpo.training.metrics import MetricsFile, peak_memory_gib
+from minimind_dpo.training.run import Run
+from minimind_dpo.training.trackers import start_trackers
 
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def held(directory: Path, patience: float = 30.0) -> Iterator[None]:
+def locked(directory: Path, patience: float = 30.0) -> Iterator[None]:
     """Keep other runs out of a run directory; the kernel gives it free when this process ends, however it ends.
 
     Args:
@@ -72,99 +71,96 @@ def _lock(file: IO[str]) -> bool:
     return True
 
 
-def open_run(config: TrainConfig, accelerator: Accelerator, state: TrainerState, resumed: bool) -> MetricsFile | None:
-    """Prepare the run directory and the tracker; the metrics file on the main process."""
-    directory = Path(config.output_dir)
+@dataclass(frozen=True)
+class RunLog:
+    """Where the numbers of a run go: metrics.jsonl on the main process, and the trackers.
+
+    Attributes:
+        metrics: None on all other processes.
+    """
+
+    metrics: MetricsFile | None
+
+    def record(self, run: Run, values: dict[str, float]) -> None:
+        """Write the values of the run's present step, with its place."""
+        step = run.state.step
+        epoch, pairs_seen = step / run.order.steps_per_epoch, run.order.pairs_seen(step)
+        if self.metrics is not None:
+            self.metrics.append({"step": step, "epoch": epoch, "pairs_seen": pairs_seen} | values)
+        run.engine.track(values | {"epoch": epoch, "pairs_seen": pairs_seen}, step)
+
+    def sync(self) -> None:
+        """Make what is written survive a power cut."""
+        if self.metrics is not None:
+            self.metrics.sync()
+
+
+def open_run(run: Run, resumed: bool) -> RunLog:
+    """Prepare the run directory for the steps to come, and start the trackers. Collective."""
     metrics = None
-    if accelerator.is_main_process:
-        directory.mkdir(parents=True, exist_ok=True)
-        save_config(config, directory / "config.yaml")
-        metrics = MetricsFile(directory / "metrics.jsonl", last_step=state.step if resumed else None)
-    if config.report_to == "wandb":
-        _start_wandb(config, accelerator, state)
-    return metrics
+    if run.engine.is_main:
+        sweep(run.output_dir)
+        if resumed:
+            set_aside_later(run.output_dir / "checkpoints", run.state.step)
+        save_config(run.config, run.output_dir / "config.yaml")
+        metrics = MetricsFile(run.output_dir / "metrics.jsonl", last_step=run.state.step if resumed else None)
+    start_trackers(run.config, run.engine, run.state)
+    run.engine.wait()
+    return RunLog(metrics)
 
 
-def _start_wandb(config: TrainConfig, accelerator: Accelerator, state: TrainerState) -> None:
-    import wandb
-
-    settings = {"name": config.run_name, "dir": config.output_dir}
-    if state.tracker_run_id:
-        settings |= {"id": state.tracker_run_id, "resume": "allow"}
-    try:
-        accelerator.init_trackers(
-            os.environ.get("WANDB_PROJECT", "minimind_dpo"),
-            config=dataclasses.asdict(config),
-            init_kwargs={"wandb": settings},
-        )
-    except wandb.Error as error:
-        accelerator.trackers.clear()  # one that never started cannot be ended
-        raise UserError(
-            f"report_to: W&B cannot start: {error}\nLog in with `wandb login`, set WANDB_MODE=offline, "
-            "or use report_to: none"
-        ) from None
-    if accelerator.is_main_process:
-        state.tracker_run_id = accelerator.get_tracker("wandb", unwrap=True).id
-
-
-def finish_run(run: Run) -> None:
-    """Write model/ (with LoRA also adapter/), summary.json and report.html."""
-    accelerator, directory, state = run.accelerator, run.output_dir, run.state
-    policy = unwrap(run.scorer).model
-    peak = peak_memory_gib(accelerator)
-    if has_adapters(policy):
-        with _replacing(accelerator, directory / "adapter") as adapter:
-            save_adapter(policy, adapter)
-    with _replacing(accelerator, directory / "model") as model:
-        save_model(policy, model)
+def finish_run(run: Run, log: RunLog) -> None:
+    """Write model/ (with LoRA also adapter/), summary.json and report.html. Collective."""
+    directory, state = run.output_dir, run.state
+    peak = peak_memory_gib(run.engine)
+    if has_adapters(run.policy):
+        with _replacing_on_main(run.engine, directory / "adapter") as adapter:
+            save_adapter(run.policy, adapter)
+    with _replacing_on_main(run.engine, directory / "model") as model:
+        save_model(run.policy, model)
         if model is not None:
             run.tokenizer.save_pretrained(model)
-    if accelerator.is_main_process:
-        assert run.metrics is not None
-        pairs = run.order.pairs_seen(state.step)
-        summary = {
-            "steps": state.step,
-            "pairs_seen": pairs,
-            "seconds": state.seconds,
-            "pairs_per_second": pairs / max(state.seconds, 1e-9),
-            "peak_memory_gib": peak,
-            "reference_digest": state.identity["reference_digest"],
-        }
-        evaluations = [line for line in run.metrics.lines() if "eval_loss" in line]
-        if evaluations:
-            summary |= {"eval_before": _eval_metrics(evaluations[0]), "eval_after": _eval_metrics(evaluations[-1])}
-        _write(directory / "summary.json", json.dumps(summary, indent=1))
+    if log.metrics is not None:
+        summary = _summary(run, log.metrics.lines(), peak)
+        write_text(directory / "summary.json", json.dumps(summary, indent=1))
         report = write_report(directory)
         logger.info(
             "done: %d steps, %d pairs, %.1f s; model in %s, report in %s",
             state.step,
-            pairs,
+            summary["pairs_seen"],
             state.seconds,
             directory / "model",
             report,
         )
-    accelerator.wait_for_everyone()
+    run.engine.wait()
+
+
+def _summary(run: Run, lines: list[dict[str, Any]], peak_memory: float) -> dict[str, Any]:
+    state, pairs = run.state, run.order.pairs_seen(run.state.step)
+    summary: dict[str, Any] = {
+        "steps": state.step,
+        "pairs_seen": pairs,
+        "seconds": state.seconds,
+        "pairs_per_second": pairs / max(state.seconds, 1e-9),
+        "peak_memory_gib": peak_memory,
+        "reference_digest": state.identity["reference_digest"],
+    }
+    evaluations = [line for line in lines if "eval_loss" in line]
+    if evaluations:
+        summary |= {"eval_before": _eval_metrics(evaluations[0]), "eval_after": _eval_metrics(evaluations[-1])}
+    return summary
 
 
 @contextmanager
-def _replacing(accelerator: Accelerator, final: Path) -> Iterator[Path | None]:
+def _replacing_on_main(engine: Engine, final: Path) -> Iterator[Path | None]:
     """A directory that takes the place of `final` once it is written; None on all but the main process."""
-    if not accelerator.is_main_process:
+    if not engine.is_main:
         yield None
         return
-    partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    yield partial
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
+    with replacing(final) as new:
+        new.mkdir()
+        yield new
 
 
 def _eval_metrics(line: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in line.items() if name.startswith("eval_")}
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, path)

@@ -3,71 +3,68 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from types import TracebackType
 
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from minimind_dpo.config import TrainConfig
-from minimind_dpo.engine.launcher import make_accelerator
+from minimind_dpo.engine.launcher import start_engine
 from minimind_dpo.engine.ranks import end_with_launcher, leave_together
-from minimind_dpo.errors import EXIT_DONE, EXIT_STOPPED, StoppedEarly, UserError
-from minimind_dpo.models.loading import locate_model
+from minimind_dpo.errors import EXIT_DONE, EXIT_STOPPED, StoppedEarly
 from minimind_dpo.training.signals import StopRequest
 
 logger = logging.getLogger(__name__)
 
 
-def in_session(config: TrainConfig, work: Callable[[Accelerator, StopRequest], None], last_act: bool) -> int:
-    """Do `work` on every rank; 0 when it is done, 75 when a signal stopped it early.
+class Session:
+    """A context manager around a command's work on this rank.
 
-    Args:
-        config: of the run.
-        work: what is to be done, with the Accelerator that the launcher asks for.
-        last_act: the process ends after it; signals that come then are ignored.
-
-    Raises:
-        UserError: a mistake in the configuration, the data or the files named.
+    Attributes:
+        engine: on what it goes.
+        stop: whether this process was asked to stop.
+        exit_code: afterwards: 0 when the work was done, 75 when a signal stopped it early.
     """
-    end_with_launcher()
-    accelerator = make_accelerator(config)
-    logging.basicConfig(level=logging.WARNING if accelerator.is_main_process else logging.ERROR, format="%(message)s")
-    if accelerator.is_main_process:
-        logging.getLogger("minimind_dpo").setLevel(logging.INFO)
-    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of every tied weight at every checkpoint
-    disable_progress_bar()  # transformers' own, of shards read and written
-    set_seed(config.seed, device_specific=True)
-    try:
-        with StopRequest(last_act) as stop:
-            work(accelerator, stop)
-        return EXIT_DONE
-    except StoppedEarly as where:
-        logger.info("stopped early %s; the same command continues there", where)
-        return EXIT_STOPPED
-    except Exception as error:
-        if accelerator.num_processes == 1:
-            raise
-        return leave_together(error)
-    finally:
-        accelerator.end_training()
 
+    def __init__(self, config: TrainConfig, ends_process: bool = False):
+        """Meet the other processes.
 
-def tokenizer_path(config: TrainConfig) -> str:
-    """The tokenizer named, or the one that lies with the model (for a raw .pth: beside it, or in ../model).
+        Args:
+            config: of the run.
+            ends_process: the process ends after the work; signals that come then are ignored.
 
-    Raises:
-        UserError: raw weights without a tokenizer.
-    """
-    if config.tokenizer_name_or_path:
-        return config.tokenizer_name_or_path
-    path = locate_model(config.model_name_or_path)
-    if path is None or path.suffix != ".pth":
-        return str(path or config.model_name_or_path)
-    for candidate in (path.parent, path.parent.parent / "model"):
-        if (candidate / "tokenizer.json").is_file():
-            return str(candidate)
-    raise UserError(
-        f"tokenizer_name_or_path: missing; raw weights ({path}) carry no tokenizer, and none lies beside "
-        "them or in ../model. Name the directory with MiniMind's tokenizer.json"
-    )
+        Raises:
+            UserError: the launcher's settings and the configuration contradict each other.
+        """
+        end_with_launcher()
+        self.engine = start_engine(config)
+        self.stop = StopRequest(ends_process)
+        self.exit_code = EXIT_DONE
+        level = logging.WARNING if self.engine.is_main else logging.ERROR
+        logging.basicConfig(level=level, format="%(message)s")
+        if self.engine.is_main:
+            logging.getLogger("minimind_dpo").setLevel(logging.INFO)
+        logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of every tied weight at every checkpoint
+        disable_progress_bar()  # transformers' own, of shards read and written
+        set_seed(config.seed, device_specific=True)
+
+    def __enter__(self) -> Session:
+        self.stop.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        """End the group of processes; on several ranks the first one that failed tells its error, the others leave."""
+        self.stop.__exit__(kind, error, trace)
+        try:
+            if isinstance(error, StoppedEarly):
+                logger.info("stopped early %s; the same command continues there", error)
+                self.exit_code = EXIT_STOPPED
+                return True
+            if isinstance(error, Exception) and self.engine.world_size > 1:
+                self.exit_code = leave_together(error)
+                return True
+            return False
+        finally:
+            self.engine.end()

@@ -10,24 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import Accelerator
+import torch
+from torch import nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from minimind_dpo.checkpoints.directory import TrainerState, load_checkpoint, read_state, set_aside_later
+from minimind_dpo.checkpoints.directory import load_checkpoint
+from minimind_dpo.checkpoints.state import TrainerState, check_identity, read_state
 from minimind_dpo.config import TrainConfig
+from minimind_dpo.data.chat import load_tokenizer
 from minimind_dpo.data.order import PairOrder, total_steps
 from minimind_dpo.data.tokenized import TokenizedData, tokenize_files
-from minimind_dpo.engine.launcher import is_sharded, make_optimizer, prepare, trained_state, unwrap
+from minimind_dpo.engine.protocol import Engine, unwrap
 from minimind_dpo.engine.ranks import decide, main_first
 from minimind_dpo.errors import UserError
 from minimind_dpo.models.adapters import add_adapters
-from minimind_dpo.models.loading import load_model
+from minimind_dpo.models.loading import load_model, locate_model
 from minimind_dpo.objective.layout import choose_layout
+from minimind_dpo.objective.losses import LossSettings
 from minimind_dpo.objective.scoring import PairScorer, embedding_rows
 from minimind_dpo.reference.cache import Needed
 from minimind_dpo.reference.choosing import load_reference, make_reference
-from minimind_dpo.training.loop import Run
-from minimind_dpo.training.run_directory import open_run
+from minimind_dpo.training.run import Run
 from minimind_dpo.training.signals import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -51,63 +55,56 @@ _IDENTITY = (
 )
 
 
-def build_run(
-    config: TrainConfig, accelerator: Accelerator, tokenizer: Any, checkpoint: Path | None, stop: StopRequest
-) -> Run:
-    """Everything the loop needs, ready for the step after `checkpoint` (or the first).
+def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop: StopRequest) -> Run:
+    """Everything the loop needs, ready for the step after `checkpoint` (or the first). Collective.
+
+    Nothing is written but the caches of tokens and of reference log-probabilities.
 
     Raises:
         UserError: data, model, tokenizer and configuration do not go together, or the checkpoint is another run's.
         StoppedEarly: `stop` came while reference log-probabilities were computed.
     """
-    policy = load(config, config.model_name_or_path)
+    tokenizer = load_tokenizer(tokenizer_path(config), config.trust_remote_code)
+    policy = load_configured(config, config.model_name_or_path)
     check_vocabulary(policy, tokenizer)
-    data = load_data(config, accelerator, tokenizer)
-    order, steps = data.order, data.steps
+    data = load_data(config, engine, tokenizer)
     stop.listen()
     # from CPU memory, before the policy moves
-    loaded = load_reference(config, accelerator, policy, load, once=data.scored_once())
-    if not is_sharded(accelerator):
-        policy.to(accelerator.device)  # type: ignore[arg-type]
-    scorer, optimizer = prepare(accelerator, *_trainable(config, policy))
-    layout = choose_layout(unwrap(scorer), config.attn_implementation, accelerator.device, accelerator.autocast, decide)
-    reference = make_reference(config, accelerator, loaded, unwrap(scorer), layout, data.needed(), stop.__bool__)
-    identity = {name: getattr(config, name) for name in _IDENTITY} | {
-        "global_batch": order.global_batch,
-        "mixed_precision": accelerator.mixed_precision,
-        "train_data_digest": data.train.digest,
-        "reference_digest": loaded.digest,
-    }
-    state = TrainerState(total_steps=steps, identity=identity)
-    if checkpoint is not None:
-        state = _resume(accelerator, checkpoint, state, Path(config.output_dir) / "checkpoints", scorer, optimizer)
-    metrics = open_run(config, accelerator, state, resumed=checkpoint is not None)
+    loaded = load_reference(config, engine, policy, load_configured, single_pass=data.is_single_pass())
+    state = _state(config, engine, data, loaded.digest, checkpoint)
+    scorer = _trainable(config, policy)
+    prepared, optimizer = engine.prepare(scorer, make_optimizer(scorer, config.learning_rate, config.weight_decay))
+    layout = choose_layout(unwrap(prepared), config.attn_implementation, engine.device, engine.autocast, decide)
+    reference = make_reference(config, engine, loaded, unwrap(prepared), layout, data.needed(), stop.__bool__)
+    if checkpoint is not None:  # last: up to here the policy is its own start, which a cache may be made of
+        load_checkpoint(checkpoint, engine)
+        logger.info("resuming after step %d from %s", state.step, checkpoint)
     logger.info(
         "%d pairs, %d optimizer steps of %d pairs on %d process(es)",
-        order.num_pairs,
-        steps,
-        order.global_batch,
-        accelerator.num_processes,
+        data.order.num_pairs,
+        state.total_steps,
+        data.order.global_batch,
+        engine.world_size,
     )
     return Run(
-        config,
-        accelerator,
-        scorer,
-        optimizer,
-        reference,
-        layout,
-        data.train,
-        data.eval,
-        order,
-        metrics,
-        state,
-        stop,
-        tokenizer,
+        config=config,
+        engine=engine,
+        scorer=prepared,
+        optimizer=optimizer,
+        reference=reference,
+        layout=layout,
+        loss=LossSettings(config.loss_type, config.beta, config.label_smoothing),
+        train_data=data.train,
+        eval_data=data.eval,
+        order=data.order,
+        state=state,
+        tokenizer=tokenizer,
+        stop=stop,
     )
 
 
 @dataclass(frozen=True)
-class Data:
+class RunData:
     """The tokenised pairs of a run and which of them it trains on, when.
 
     Attributes:
@@ -122,7 +119,7 @@ class Data:
     order: PairOrder
     steps: int
 
-    def scored_once(self) -> bool:
+    def is_single_pass(self) -> bool:
         """Whether the run comes to no pair a second time."""
         return self.eval is None and self.steps <= self.order.steps_per_epoch
 
@@ -132,22 +129,18 @@ class Data:
         return [Needed(self.train, _positions(self.order, self.steps)), *held_out]
 
 
-def load_data(config: TrainConfig, accelerator: Accelerator, tokenizer: Any) -> Data:
+def load_data(config: TrainConfig, engine: Engine, tokenizer: Any) -> RunData:
     """Tokenise the data on the main process, or find it tokenised. Collective."""
-    with main_first(accelerator, "tokenize"):
+    with main_first(engine, "tokenize"):
         train = _tokenize(config, config.train_data, tokenizer)
         held_out = _tokenize(config, config.eval_data, tokenizer) if config.eval_data else None
-    order = PairOrder(
-        len(train),
-        config.per_device_train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes,
-        config.seed,
-        config.shuffle,
-    )
+    global_batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * engine.world_size
+    order = PairOrder(len(train), global_batch, config.seed, config.shuffle)
     steps = total_steps(order.num_pairs, order.global_batch, config.num_train_epochs, config.max_steps)
-    return Data(train, held_out, order, steps)
+    return RunData(train, held_out, order, steps)
 
 
-def load(config: TrainConfig, path: str) -> PreTrainedModel:
+def load_configured(config: TrainConfig, path: str) -> PreTrainedModel:
     """Load a model as the configuration asks for it."""
     overrides: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if config.num_attention_heads is not None:
@@ -157,8 +150,68 @@ def load(config: TrainConfig, path: str) -> PreTrainedModel:
     return load_model(path, **overrides)
 
 
-def _trainable(config: TrainConfig, policy: PreTrainedModel) -> tuple[PairScorer, Any]:
-    """The policy's scorer in training mode, and an optimizer of what is trained."""
+def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
+    """AdamW with betas (0.9, 0.999), fused, decay on every trainable parameter as in MiniMind."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True)
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
+    """Refuse a tokenizer with more tokens than the model embeds."""
+    rows = embedding_rows(model)
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"tokenizer_name_or_path: the tokenizer has {len(tokenizer)} tokens but the model "
+            f"embeds only {rows}; name the tokenizer the model was trained with"
+        )
+
+
+def tokenizer_path(config: TrainConfig) -> str:
+    """The tokenizer named, or the one that lies with the model (for a raw .pth: beside it, or in ../model).
+
+    Raises:
+        UserError: raw weights without a tokenizer.
+    """
+    if config.tokenizer_name_or_path:
+        return config.tokenizer_name_or_path
+    path = locate_model(config.model_name_or_path)
+    if path is None or path.suffix != ".pth":
+        return str(path or config.model_name_or_path)
+    for candidate in (path.parent, path.parent.parent / "model"):
+        if (candidate / "tokenizer.json").is_file():
+            return str(candidate)
+    raise UserError(
+        f"tokenizer_name_or_path: missing; raw weights ({path}) carry no tokenizer, and none lies beside "
+        "them or in ../model. Name the directory with MiniMind's tokenizer.json"
+    )
+
+
+def _state(
+    config: TrainConfig, engine: Engine, data: RunData, reference_digest: str, checkpoint: Path | None
+) -> TrainerState:
+    """The state of the run: of its start, or as `checkpoint` left it, if that is this run's."""
+    identity = {name: getattr(config, name) for name in _IDENTITY} | {
+        "global_batch": data.order.global_batch,
+        "mixed_precision": engine.precision,
+        "train_data_digest": data.train.digest,
+        "reference_digest": reference_digest,
+    }
+    state = TrainerState(total_steps=data.steps, identity=identity)
+    if checkpoint is None:
+        return state
+    saved = read_state(checkpoint)
+    check_identity(saved, state, checkpoint)
+    if saved.total_steps != data.steps:
+        logger.warning(
+            "the run now has %d steps, not %d: from here on the learning rate follows the new length",
+            data.steps,
+            saved.total_steps,
+        )
+    return dataclasses.replace(saved, total_steps=data.steps)
+
+
+def _trainable(config: TrainConfig, policy: PreTrainedModel) -> PairScorer:
+    """The policy's scorer in training mode, with what is trained and what is not."""
     if config.lora_r is not None:
         add_adapters(
             policy,
@@ -171,18 +224,7 @@ def _trainable(config: TrainConfig, policy: PreTrainedModel) -> tuple[PairScorer
         )
     if config.gradient_checkpointing:
         policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    scorer = PairScorer(policy.train())
-    return scorer, make_optimizer(scorer, config.learning_rate, config.weight_decay)
-
-
-def check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
-    """Refuse a tokenizer with more tokens than the model embeds."""
-    rows = embedding_rows(model)
-    if len(tokenizer) > rows:
-        raise UserError(
-            f"tokenizer_name_or_path: the tokenizer has {len(tokenizer)} tokens but the model "
-            f"embeds only {rows}; name the tokenizer the model was trained with"
-        )
+    return PairScorer(policy.train())
 
 
 def _tokenize(config: TrainConfig, source: list[str], tokenizer: Any) -> TokenizedData:
@@ -199,35 +241,5 @@ def _positions(order: PairOrder, steps: int) -> Sequence[int]:
     """Dataset positions that a run of `steps` will train on, ascending."""
     if steps >= order.steps_per_epoch:
         return range(order.num_pairs)
-    chosen = np.concatenate([order.step_pairs(step) for step in range(1, steps + 1)])
-    return np.unique(chosen)  # type: ignore[return-value]
-
-
-def _resume(
-    accelerator: Accelerator, checkpoint: Path, fresh: TrainerState, directory: Path, scorer: Any, optimizer: Any
-) -> TrainerState:
-    """Continue from `checkpoint` if it belongs to the run that `fresh` describes."""
-    saved = read_state(checkpoint)
-    changed = [
-        f"{name}: was {saved.identity.get(name)}, is {value}"
-        for name, value in fresh.identity.items()
-        if saved.identity.get(name) != value
-    ]
-    if changed:
-        raise UserError(
-            f"{checkpoint} belongs to another run:\n  "
-            + "\n  ".join(changed)
-            + "\nUse the run's own settings, model and data, or another output_dir"
-        )
-    if saved.total_steps != fresh.total_steps:
-        logger.warning(
-            "the run now has %d steps, not %d: from here on the learning rate follows the new length",
-            fresh.total_steps,
-            saved.total_steps,
-        )
-    state = load_checkpoint(checkpoint, trained_state(accelerator, scorer, optimizer))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        set_aside_later(directory, state.step)
-    logger.info("resuming after step %d from %s", state.step, checkpoint)
-    return dataclasses.replace(state, total_steps=fresh.total_steps)
+    trained_on = np.concatenate([order.step_pairs(step) for step in range(1, steps + 1)])
+    return np.unique(trained_on)  # type: ignore[return-value]

@@ -19,13 +19,13 @@ class StopRequest:
     at once with StoppedEarly; afterwards it is noted for the loop to ask. A second SIGINT interrupts at once.
 
     Args:
-        last_act: the process ends after the block: from there on signals are ignored, so that one that comes late,
+        ends_process: the process ends after the block: from there on signals are ignored, so that one that comes late,
             to a process that has done all it should, does not make it look killed. Else the handlers before are put
             back.
     """
 
-    def __init__(self, last_act: bool = False) -> None:
-        self._last_act = last_act
+    def __init__(self, ends_process: bool = False) -> None:
+        self._ends_process = ends_process
         self._received: signal.Signals | None = None
         self._listens = False
         self._before: dict[signal.Signals, Any] = {}
@@ -47,7 +47,7 @@ class StopRequest:
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_IGN if self._last_act else handler)
+            signal.signal(number, signal.SIG_IGN if self._ends_process else handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._received == signal.SIGINT == number:

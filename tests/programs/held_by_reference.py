@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minimind_dpo import load_model
 from minimind_dpo.config import make_config
 from minimind_dpo.data.batch import pack_pairs
-from minimind_dpo.engine.launcher import freeze, loading_reference, make_accelerator, unwrap
+from minimind_dpo.engine.launcher import start_engine
+from minimind_dpo.engine.protocol import unwrap
 from minimind_dpo.objective.layout import choose_layout
 from minimind_dpo.objective.scoring import PairScorer
 
@@ -37,17 +38,16 @@ class Watch(TorchDispatchMode):
 
 def main() -> None:
     config = make_config({"model_name_or_path": sys.argv[1], "train_data": ["none"], "output_dir": sys.argv[2]})
-    accelerator = make_accelerator(config)
-    with loading_reference(accelerator, offload=True):
+    engine = start_engine(config)
+    with engine.loading_reference(offload=True):
         model = load_model(sys.argv[1])
-    plugin = accelerator.state.deepspeed_plugin
     whole = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
     largest = max(
         sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in part.parameters())
         for part in [*model.model.layers, model.lm_head]
     )
-    scorer = freeze(accelerator, PairScorer(model), offload=True)
-    choose_layout(unwrap(scorer), "pairs", accelerator.device)
+    scorer = engine.freeze(PairScorer(model), offload=True)
+    choose_layout(unwrap(scorer), "pairs", engine.device)
 
     row = {
         "chosen_input_ids": [1, 2, 3, 4],
@@ -56,14 +56,12 @@ def main() -> None:
         "rejected_completion_mask": [0, 0, 1, 1, 1],
     }
     with torch.no_grad(), Watch(model) as watch:
-        logps = scorer(pack_pairs([row]).to(accelerator.device)).per_token_logps
-    stage = "none" if plugin is None else plugin.zero_stage
+        logps = scorer(pack_pairs([row]).to(engine.device)).per_token_logps
     print(
-        f"HELD stage={stage} whole={whole} largest={largest} most={watch.most} between={watch.held()} "
-        f"sum={float(logps.sum()):.5f}",
+        f"HELD whole={whole} largest={largest} most={watch.most} between={watch.held()} sum={float(logps.sum()):.5f}",
         flush=True,
     )
-    accelerator.end_training()
+    engine.end()
 
 
 main()

@@ -20,7 +20,7 @@ seed = loop._seed
 
 def grief(run: Any, current: int, index: int) -> None:
     """Stand in for the first thing that an optimizer step does."""
-    if current == step and run.accelerator.process_index == rank:
+    if current == step and run.engine.rank == rank:
         if what == "fails":
             raise RuntimeError("the disk of this rank is on fire")
         if what == "user_error":

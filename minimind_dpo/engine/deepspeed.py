@@ -1,0 +1,175 @@
+"""DeepSpeed with any ZeRO stage (Rajbhandari et al. 2020, arXiv:1910.02054), from one CPU process to many nodes.
+
+DeepSpeed takes seconds to import, so this module is imported where the launcher names DeepSpeed only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers.integrations import HfDeepSpeedConfig
+
+from minimind_dpo.config import TrainConfig
+from minimind_dpo.engine.fragments import Fragment, fragment, optimizer_step_count, set_optimizer_step_count
+from minimind_dpo.engine.launched import Launched
+from minimind_dpo.engine.protocol import trained_parameters
+from minimind_dpo.engine.sharding import full_shape
+from minimind_dpo.engine.zero import frozen_config, held_part, loss_scaler, mark_expert_blocks, refresh_weights
+from minimind_dpo.errors import UserError
+
+# DeepSpeed's name of what the training configuration says, and its name there
+_SAID_ELSEWHERE = {
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+    "train_batch_size": "per_device_train_batch_size, gradient_accumulation_steps and the number of processes",
+    "optimizer": "learning_rate and weight_decay",
+    "scheduler": "lr_scheduler_type",
+}
+
+
+class DeepSpeed(Launched):
+    """The `Engine` of accelerate's DeepSpeed integration."""
+
+    divides_states = True
+
+    def __init__(self, accelerator: Accelerator, config: TrainConfig):
+        super().__init__(accelerator)
+        self._plugin: Any = accelerator.state.deepspeed_plugin
+        self.gathers_weights: bool = self._plugin.zero_stage == 3
+        self.weights_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        _check_settings(self._plugin.deepspeed_config, config)
+        # said in the training configuration; the loop itself counts micro-batches
+        self._plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": config.max_grad_norm,
+        }
+
+    @staticmethod
+    def before_start() -> None:
+        """Tell DeepSpeed that no kernel of its own can be built here, before it starts to.
+
+        At start-up on a CPU it compiles an all-reduce for inference, which training never calls, and loads it under a
+        lock file in torch's cache of extensions. A process killed in between leaves that file, and every later run on
+        the machine would wait for ever for its removal.
+        """
+        deepspeed.ops.__compatible_ops__ = {}
+
+    def prepare(self, scorer: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        """Take over the policy's scorer and its optimizer."""
+        if self.gathers_weights:
+            mark_expert_blocks(scorer)
+        else:
+            scorer.to(self.device)
+        self._scorer, prepared = self._accelerator.prepare(scorer, optimizer)
+        self._engine: Any = self._accelerator.deepspeed_engine_wrapped.engine  # type: ignore[union-attr]
+        return self._scorer, prepared
+
+    def accumulate(self, last: bool) -> AbstractContextManager[Any]:
+        """Around a micro-batch; `backward` tells DeepSpeed which one is the last."""
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of a micro-batch's loss."""
+        # told for each micro-batch, since a partial step has fewer of them than the configuration says
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss)
+
+    def step(self, max_grad_norm: float) -> Tensor:
+        """Take the step; DeepSpeed clips to the norm that it was told at the start."""
+        self._engine.step()
+        return torch.as_tensor(self._engine.get_global_grad_norm())
+
+    @property
+    def _zero_optimizer(self) -> Any:
+        return self._engine.optimizer
+
+    @property
+    def _adamw(self) -> Optimizer:
+        return self._zero_optimizer.optimizer
+
+    def fragments(self) -> Iterator[Fragment]:
+        """The parts of the fp32 copies that this rank steps."""
+        for name, parameter in trained_parameters(self._scorer):
+            part = held_part(self._zero_optimizer, parameter)
+            if part is not None:
+                yield fragment(name, full_shape(parameter), part, self._adamw)
+
+    def shared_fragments(self) -> Iterator[Fragment]:
+        """All of them: no two ranks hold the same part."""
+        return self.fragments()
+
+    def scalars(self) -> dict[str, Any]:
+        """AdamW's step count and fp16's loss scale."""
+        scaler = loss_scaler(self._zero_optimizer)
+        return {
+            "optimizer_step": optimizer_step_count(self._adamw),
+            "loss_scaler": {name: value for name, value in scaler.items() if isinstance(value, (int, float))},
+        }
+
+    def restore_scalars(self, scalars: dict[str, Any]) -> None:
+        """Undo `scalars`, and bring the weights that products use in line with their fp32 copies. Collective."""
+        set_optimizer_step_count(self._adamw, scalars["optimizer_step"])
+        loss_scaler(self._zero_optimizer).update(scalars["loss_scaler"])
+        refresh_weights(self._zero_optimizer)
+
+    @contextmanager
+    def loading_reference(self, offload: bool) -> Iterator[None]:
+        """Around loading a reference: beside a stage 3 policy it is divided from its first weight on."""
+        if not self.gathers_weights:
+            yield
+            return
+        live = HfDeepSpeedConfig(self._frozen_config(offload))  # transformers keeps a weak reference to the newest one
+        try:
+            yield
+        finally:
+            del live
+            self._plugin.set_deepspeed_weakref()
+
+    def freeze(self, scorer: nn.Module, offload: bool) -> nn.Module:
+        """Make a frozen scorer ready: whole beside stages 0 to 2, else a stage 3 engine without an optimizer."""
+        scorer.eval().requires_grad_(False)
+        if not offload and not self.gathers_weights:
+            return scorer.to(self.device, dtype=self.weights_dtype)
+        mark_expert_blocks(scorer)
+        engine, *_ = deepspeed.initialize(model=scorer, config=self._frozen_config(offload))
+        engine.eval()  # DeepSpeed's returns nothing
+        return engine
+
+    def release(self, scorer: nn.Module) -> None:
+        """Take a frozen engine's hooks off its model."""
+        if (destroy := getattr(scorer, "destroy", None)) is not None:
+            destroy()
+
+    def _frozen_config(self, offload: bool) -> dict[str, Any]:
+        return frozen_config(self._plugin.deepspeed_config, offload)
+
+
+def _check_settings(settings: dict[str, Any], config: TrainConfig) -> None:
+    """Refuse what the DeepSpeed file says differently from the training configuration, all of it at once."""
+    problems = []
+    for key, names in _SAID_ELSEWHERE.items():
+        said, ours = settings.get(key, "auto"), getattr(config, names, None)
+        # accelerate itself fills in an accumulation of 1 where the file is silent
+        if said not in ("auto", ours) and (key, said) != ("gradient_accumulation_steps", 1):
+            problems.append(
+                f"{key}: {said if ours is not None else 'is set'}, but the training configuration decides "
+                f"this: {names}" + ("" if ours is None else f" is {ours}") + ". Remove it from this file"
+            )
+    zero_settings = settings["zero_optimization"]
+    for part in ("offload_optimizer", "offload_param"):
+        if zero_settings.get(part, {}).get("device") == "nvme":
+            problems.append(f"zero_optimization.{part}.device: nvme is not supported; use cpu")
+    if problems:
+        file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "the DeepSpeed settings")
+        raise UserError(f"{file}:\n  " + "\n  ".join(problems))

@@ -1,0 +1,135 @@
+"""Files that are whole or absent, and what a name that a user gives can be: a local path, MiniMind's raw weights.
+
+A crash, a kill or a power cut leaves the old content or the new one, never a half. New content is written in a
+directory that only this writer knows, its bytes are brought to the disk, and only then does it take its name: no two
+writers meet, and no link that somebody planted under a foreseeable name is followed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_PARTIAL = ".partial"
+_ABANDONED = 24 * 3600  # seconds after which nobody writes any more
+_MODEL_SUFFIXES = (".pth", ".pt", ".bin", ".gguf", ".safetensors")
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """A path beside `path`, of the same name, to write a file or make a directory at; it vanishes with the block.
+
+    The directories above `path` are made if need be.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    workspace = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent))
+    try:
+        yield workspace / path.name
+    finally:
+        shutil.rmtree(workspace, ignore_errors=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """As `aside`; what was written there takes the place of `path` when the block ends without an error."""
+    with aside(path) as new:
+        yield new
+        sync_all(new)
+        put_in_place(new, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the content of a file, or make it; UTF-8."""
+    with replacing(path) as new:
+        new.write_text(text, "utf-8")
+
+
+def put_in_place(new: Path, path: Path) -> None:
+    """Rename `new`, whose bytes are on disk and which lies on the same file system, to `path`.
+
+    A file takes the place of another in one instant. A directory cannot: what is there is renamed away first, comes
+    back should the second renaming fail, and is removed at the end. A kill between the two leaves the name absent.
+    """
+    if not (new.is_dir() and os.path.lexists(path)):
+        os.replace(new, path)
+        return sync(path.parent)
+    with aside(path) as old:
+        os.replace(path, old)
+        try:
+            os.replace(new, path)
+        except OSError:
+            os.replace(old, path)
+            raise
+        sync(path.parent)
+
+
+def discard(path: Path) -> None:
+    """Remove a directory that must be whole or absent: it loses its name before its content."""
+    with aside(path) as doomed:
+        os.replace(path, doomed)
+
+
+def make_anew(path: Path) -> None:
+    """Make an empty directory in place of whatever is there; of a link, only the link is removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    path.mkdir(parents=True)
+
+
+def sweep(directory: Path) -> None:
+    """Remove what killed processes left half-written in `directory` more than a day ago."""
+    for path in directory.glob(f".*{_PARTIAL}"):
+        try:
+            if path.lstat().st_mtime > time.time() - _ABANDONED:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+        except FileNotFoundError:  # another process sweeps too
+            continue
+
+
+def sync_all(path: Path) -> None:
+    """Bring a file, or a directory with all that is in it, to the disk."""
+    for directory, _, names in os.walk(path, topdown=False):
+        for name in names:
+            sync(Path(directory, name))
+        sync(Path(directory))
+    if path.is_file():
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Bring one file, or the names in one directory, to the disk."""
+    windows = os.name == "nt"  # it syncs only what is open for writing, and no directory
+    if windows and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system whose directories need no such call
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name that doesn't exist here must be meant as a path, not as a hub id `owner/name`."""
+    if name.startswith((".", "/", "~")) or name.endswith(("/", *_MODEL_SUFFIXES)) or name.count("/") > 1:
+        return True
+    return "\\" in name or ("/" in name and Path(name).parent.is_dir())
+
+
+def is_raw_weights(path: Path) -> bool:
+    """Whether a model's path names MiniMind's raw weights: any one file, except a `.gguf` file."""
+    return path.is_file() and path.suffix != ".gguf"

@@ -1,0 +1,77 @@
+"""What a training run is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from minimind_dpo.checkpoints.state import TrainerState
+from minimind_dpo.config import TrainConfig
+from minimind_dpo.data.order import PairOrder, StepPlan, plan_steps
+from minimind_dpo.data.tokenized import TokenizedData
+from minimind_dpo.engine.protocol import Engine, unwrap
+from minimind_dpo.objective.layout import PairLayout
+from minimind_dpo.objective.losses import LossSettings
+from minimind_dpo.reference.sources import Reference
+from minimind_dpo.training.signals import StopRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that the loop needs.
+
+    Attributes:
+        config: what the user asked for.
+        engine: on what the run goes; the one way to processes, device and precision.
+        scorer: of the policy, prepared by the engine, as is `optimizer`.
+        optimizer: of what is trained.
+        reference: where reference log-probabilities come from.
+        layout: of every batch.
+        loss: the preference loss.
+        train_data: pairs to train on, in the order of `order`.
+        eval_data: held-out pairs, if there are any.
+        order: which pairs each step takes.
+        state: what the run knows of itself; its `step` advances.
+        tokenizer: saved with every model.
+        stop: whether this process was asked to stop.
+    """
+
+    config: TrainConfig
+    engine: Engine
+    scorer: torch.nn.Module
+    optimizer: Optimizer
+    reference: Reference
+    layout: PairLayout
+    loss: LossSettings
+    train_data: TokenizedData
+    eval_data: TokenizedData | None
+    order: PairOrder
+    state: TrainerState
+    tokenizer: Any
+    stop: StopRequest
+
+    @property
+    def policy(self) -> Any:
+        """The language model that is trained."""
+        return unwrap(self.scorer).model
+
+    @property
+    def output_dir(self) -> Path:
+        """The run directory."""
+        return Path(self.config.output_dir)
+
+    def plans(self) -> Iterator[StepPlan]:
+        """This rank's share of every step from the next to the last."""
+        return plan_steps(
+            self.order,
+            range(self.state.step + 1, self.state.total_steps + 1),
+            self.train_data.tokens,
+            world_size=self.engine.world_size,
+            rank=self.engine.rank,
+            micro_batch_size=self.config.per_device_train_batch_size,
+        )
