@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from minimind_dpo.errors import UserError
+from minimind_dpo.files import write_text
 
 COMPLETION_MASKS = ("all_assistant", "final_turn")
 BAD_ROW_POLICIES = ("auto", "fail", "drop")
@@ -180,7 +181,7 @@ def make_config(values: dict[str, Any], problems: list[str] | None = None) -> Tr
 
 def save_config(config: TrainConfig, path: Path) -> None:
     """Write the resolved configuration as yaml; reading it back gives the same configuration."""
-    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True), "utf-8")
+    write_text(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
 
 
 def _parser(verb: str) -> argparse.ArgumentParser:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from minimind_dpo.checkpoints.directory import checkpoint_problem
 from minimind_dpo.checkpoints.files import FragmentReader
 from minimind_dpo.errors import UserError
+from minimind_dpo.files import replacing
 from minimind_dpo.models.loading import ADAPTER_CONFIG, checkpoint_config, is_checkpoint, load_model, locate_model
 from minimind_dpo.models.overrides import DTYPES
 from minimind_dpo.models.saving import SHARD_BYTES, describe_model, split_shards, write_shards
@@ -142,7 +140,7 @@ def _export_minimind(model: PreTrainedModel, source: str, target: Path, dtype: t
     """Write one file of contiguous, separate tensors under MiniMind's keys."""
     state = {key: tensor.to(dtype, copy=True).contiguous() for key, tensor in minimind_view(model.state_dict()).items()}
     _check_overflow(state, dtype, source)
-    with _replacing(target) as temporary:
+    with replacing(target) as temporary:
         torch.save(state, temporary)
     return target
 
@@ -153,7 +151,7 @@ def _export_hf(model: PreTrainedModel, source: str, target: Path, dtype: torch.d
         model.to(dtype=dtype)  # type: ignore[call-arg]
         _check_overflow(model.state_dict(), dtype, source)
     folder = locate_model(source)
-    with _replacing(target) as temporary:
+    with replacing(target) as temporary:
         model.save_pretrained(temporary)
         if folder is not None:
             _copy_tokenizer(folder, temporary)
@@ -174,7 +172,7 @@ def _export_checkpoint(checkpoint: Path, target: Path, dtype: torch.dtype, shard
             _check_overflow(shard, dtype, str(checkpoint))
             yield shard
 
-    with _replacing(target) as temporary:
+    with replacing(target) as temporary:
         temporary.mkdir()
         write_shards(model, tensors(), len(shards), temporary)
         describe_model(model, temporary)
@@ -201,19 +199,6 @@ def _refuse_existing(target: Path) -> None:
     """Raise unless the target is absent or an empty directory."""
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise UserError(f"{target}: already there and not empty; give another --output or remove it first.")
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """Give a temporary path beside the target that takes its name when the block ends well, else vanishes."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    workspace = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        temporary = workspace / target.name
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(workspace, ignore_errors=True)
 
 
 def run_export(argv: list[str]) -> int:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from minimind_dpo.data import records, sources
 from minimind_dpo.data.records import PreferencePair, RowError, parse_line, parse_row, shared_length
-from minimind_dpo.data.sources import count_rows, find_files, looks_local, read_pairs, read_rows
+from minimind_dpo.data.sources import count_rows, find_files, read_pairs, read_rows
 from minimind_dpo.errors import UserError
 
 
@@ -268,13 +268,6 @@ def test_sources_that_are_not_there(source: Any, message: str, monkeypatch: pyte
     monkeypatch.chdir(Path(__file__).parent.parent)
     with pytest.raises(UserError, match=message):
         find_files(source)
-
-
-def test_looks_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "out").mkdir()
-    assert [looks_local(name) for name in ("/a", "./a", "~/a", "a/b/c", "out/a", "a/")] == [True] * 6
-    assert [looks_local(name) for name in ("owner/name", "gpt2")] == [False] * 2
 
 
 def test_pair_is_a_value() -> None:

@@ -231,10 +231,10 @@ def test_a_damaged_entry_is_written_anew(tmp_path: Path, calls: list[str], damag
 def test_old_leftovers_of_killed_processes_are_swept(tmp_path: Path) -> None:
     root = cache.entry("x").parent
     for name, age in (("old", 90_000), ("new", 60)):
-        (root / f".writing-{name}").mkdir(parents=True)
-        os.utime(root / f".writing-{name}", (time.time() - age,) * 2)
+        (root / f".{name}.partial").mkdir(parents=True)
+        os.utime(root / f".{name}.partial", (time.time() - age,) * 2)
     run(write_jsonl(tmp_path / "f.jsonl", ROWS))
-    assert [path.name for path in root.iterdir() if path.name.startswith(".")] == [".writing-new"]
+    assert [path.name for path in root.iterdir() if path.name.startswith(".")] == [".new.partial"]
 
 
 MEMORY = """

@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
-import time
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,12 +17,11 @@ import numpy as np
 
 from minimind_dpo.data.chat import TokenizedPair, shared_prefix_length
 from minimind_dpo.data.sources import DataFile
+from minimind_dpo.files import aside, sweep, sync, sync_all
 
 CODE_VERSION = 2  # raise it when the same bytes would be tokenized differently
 _SIDES = ("chosen_input_ids", "chosen_completion_mask", "rejected_input_ids", "rejected_completion_mask")
 _PAIRS_PER_BATCH = 256
-_SCRATCH = ".writing-"
-_SECONDS_TO_SWEEP = 86_400
 _TABLE, _META = "pairs.arrow", "meta.json"
 
 
@@ -173,20 +170,17 @@ def write(path: Path) -> Iterator[Writer]:
 
     Of several processes that write the same entry the first wins; the others find an equal one and take it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path.parent)
-    scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=path.parent))
-    try:
+    sweep(path.parent)
+    with aside(path) as scratch:
+        scratch.mkdir()
         writer = Writer(scratch / _TABLE)
         yield writer
         writer.close()
         meta = writer.meta() | {"bytes": (scratch / _TABLE).stat().st_size}
         (scratch / _META).write_text(json.dumps(meta), encoding="utf-8")
-        for name in (_TABLE, _META):
-            _flush_to_disk(scratch / name)
+        sync_all(scratch)
         _move(scratch, path)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        sync(path.parent)
 
 
 def _move(scratch: Path, path: Path) -> None:
@@ -200,21 +194,6 @@ def _move(scratch: Path, path: Path) -> None:
             # A damaged entry is in the way (a disk that was full, a file that was cut): it makes room.
             shutil.rmtree(path, ignore_errors=True)
     os.rename(scratch, path)
-
-
-def _sweep(root: Path) -> None:
-    """Removes what killed processes left half-written long ago."""
-    for scratch in root.glob(f"{_SCRATCH}*"):
-        try:
-            if time.time() - scratch.stat().st_mtime > _SECONDS_TO_SWEEP:
-                shutil.rmtree(scratch, ignore_errors=True)
-        except FileNotFoundError:
-            continue
-
-
-def _flush_to_disk(path: Path) -> None:
-    with open(path, "rb+") as handle:
-        os.fsync(handle.fileno())
 
 
 def _dataset_files(dataset: Any, digest: Any) -> list[str]:

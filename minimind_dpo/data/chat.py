@@ -14,9 +14,9 @@ import numpy.typing as npt
 from minimind_dpo.config import COMPLETION_MASKS
 from minimind_dpo.data.encoding import PairEncoder, Pieces, Span, mark_tokens
 from minimind_dpo.data.records import Message, PreferencePair, RowError
-from minimind_dpo.data.sources import looks_local
 from minimind_dpo.data.spans import SpanError, TemplateError, chat_template
 from minimind_dpo.errors import UserError
+from minimind_dpo.files import looks_local
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 

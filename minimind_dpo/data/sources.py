@@ -11,6 +11,7 @@ from typing import Any
 
 from minimind_dpo.data.records import PreferencePair, parse_line
 from minimind_dpo.errors import UserError
+from minimind_dpo.files import looks_local
 
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
 BOM = b"\xef\xbb\xbf"
@@ -53,13 +54,6 @@ def find_files(source: str | list[str]) -> list[DataFile]:
     if not sources:
         raise UserError("no data given: name a .jsonl, .json or .parquet file, a glob, a directory or a hub id")
     return [file for name in sources for file in _find(str(name))]
-
-
-def looks_local(name: str) -> bool:
-    """Whether a name that doesn't exist here must be meant as a path, not as a hub id `owner/name`."""
-    if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name:
-        return True
-    return "/" in name and Path(name).parent.is_dir()
 
 
 def read_rows(file: DataFile) -> Iterator[tuple[int, bytes | dict[str, Any]]]:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from minimind_dpo.config import TrainConfig, make_config
 from minimind_dpo.data.tokenized import load_tokenizer
 from minimind_dpo.demo.task import judge
+from minimind_dpo.files import write_text
 from minimind_dpo.models.loading import load_model
 from minimind_dpo.report.page import write_report
 from minimind_dpo.train import run
@@ -57,8 +58,7 @@ def run_demo(argv: list[str]) -> int:
         {"prompt": prompt, "before": old, "after": new, "before_ok": judge(prompt, old), "after_ok": judge(prompt, new)}
         for prompt, old, new in zip(prompts, before, after, strict=True)
     ]
-    with (output_dir / "replies.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(reply, ensure_ascii=False) + "\n" for reply in replies)
+    write_text(output_dir / "replies.jsonl", "".join(json.dumps(reply, ensure_ascii=False) + "\n" for reply in replies))
     report = write_report(output_dir)
     print(side_by_side(replies[:SHOWN], shutil.get_terminal_size((110, 40)).columns))
     print(summary_lines(replies, json.loads((output_dir / "summary.json").read_text(encoding="utf-8"))))

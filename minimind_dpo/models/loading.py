@@ -16,6 +16,7 @@ from transformers.initialization import no_init_weights
 from minimind_dpo.checkpoints.files import FragmentReader
 from minimind_dpo.engine.sharding import local_values, whole
 from minimind_dpo.errors import UserError
+from minimind_dpo.files import is_raw_weights, looks_local
 from minimind_dpo.models.adapters import merge_adapters
 from minimind_dpo.models.overrides import apply_overrides, check_overrides, parse_dtype
 from minimind_dpo.models.weights import (
@@ -67,7 +68,7 @@ def load_model(
     location = locate_model(str(path))
     if location is not None and is_checkpoint(location):
         model = _load_checkpoint(location, wanted, attn_implementation, trust_remote_code, overrides)
-    elif location is not None and location.is_file() and location.suffix != ".gguf":
+    elif location is not None and is_raw_weights(location):
         model = _load_raw(location, wanted, attn_implementation, num_attention_heads, overrides)
     elif num_attention_heads is not None:
         raise UserError(
@@ -101,9 +102,7 @@ def locate_model(path: str) -> Path | None:
             f"{path}: no model in this directory: neither config.json (a saved model) nor model/config.json "
             "(a finished run) is there."
         )
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    beside_others = "/" in path and location.parent.is_dir()
-    if looks_local or beside_others or location.suffix in (".pth", ".pt", ".bin", ".gguf", ".safetensors"):
+    if looks_local(path):
         raise UserError(f"{path}: no such model file or directory.")
     return None
 
@@ -129,7 +128,7 @@ def _load_checkpoint(
     if adapter.is_file():
         settings = json.loads(adapter.read_text("utf-8"))
         base = settings["base_model_name_or_path"]
-        heads = {"num_attention_heads": config.num_attention_heads} if base.endswith(".pth") else {}
+        heads = {"num_attention_heads": config.num_attention_heads} if is_raw_weights(Path(base).expanduser()) else {}
         model = load_model(base, dtype=dtype or "auto", **options, **heads, **overrides)
         merge_adapters(model, reader, settings["lora_alpha"] / settings["r"])
         return model

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from minimind_dpo.errors import UserError
+from minimind_dpo.files import is_raw_weights
 from minimind_dpo.models.adapters import add_adapters
 from minimind_dpo.models.fast.nodes import fuse
 from minimind_dpo.models.loading import locate_model, read_raw_weights
@@ -83,7 +84,7 @@ def read_shape(source: str, num_attention_heads: int | None = None, lora_r: int 
 def read_config(source: str, num_attention_heads: int | None = None) -> tuple[PreTrainedConfig, int]:
     """The configuration of the model that `source` names, and the bytes of a stored element."""
     location = locate_model(source)
-    if location is not None and location.is_file() and location.suffix != ".gguf":
+    if location is not None and is_raw_weights(location):
         state = read_raw_weights(location)
         layout = read_layout({key: tuple(tensor.shape) for key, tensor in state.items()}, source)
         config = minimind_config(layout, num_attention_heads, source)

@@ -15,10 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +25,12 @@ import pyarrow as pa
 
 from minimind_dpo.data.cache import cache_root
 from minimind_dpo.data.tokenized import TokenizedData
+from minimind_dpo.files import replacing, sweep, write_text
 
 logger = logging.getLogger(__name__)
 
 CHUNK_PAIRS = 64
 SEGMENT_CHUNKS = 1024
-_ABANDONED = 24 * 3600  # seconds after which nobody writes a file any more
 _FORMAT = 2  # raise it when files are laid out, or pairs are batched for scoring, differently
 _SCHEMA = pa.schema([("key", pa.binary(16)), ("logps", pa.list_(pa.float32()))])
 _KEY = "S16"  # numpy orders and compares these; it ignores trailing zeros, alike on both sides
@@ -158,11 +155,9 @@ class ReferenceCache:
         """Merge, and write down that the segments hold all of `needed`, so that the next run need not look."""
         self.merge()
         segments = {path.name: path.stat().st_size for path in self._paths("segment")}
-        with self._aside(self.directory / "complete" / f"{needed.names()[-1]}.json") as partial:
-            partial.write_text(json.dumps({"pairs": len(needed.positions), "segments": segments}), "utf-8")
-        for path in self.directory.glob(".*.partial"):  # a process that was killed could not remove its own
-            if path.stat().st_mtime < time.time() - _ABANDONED:
-                path.unlink(missing_ok=True)
+        marker = self.directory / "complete" / f"{needed.names()[-1]}.json"
+        write_text(marker, json.dumps({"pairs": len(needed.positions), "segments": segments}))
+        sweep(self.directory)
 
     def marked(self, needed: Sequence[Needed]) -> list[str] | None:
         """The segments that hold all of `needed`; None where that is not known, or no longer true."""
@@ -220,23 +215,11 @@ class ReferenceCache:
             pa.ListArray.from_arrays(offsets, values),
         ]
         with (
-            self._aside(self.directory / name) as partial,
-            pa.OSFile(str(partial), "wb") as sink,
+            replacing(self.directory / name) as new,
+            pa.OSFile(str(new), "wb") as sink,
             pa.ipc.new_file(sink, _SCHEMA) as writer,
         ):
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
-
-    @contextmanager
-    def _aside(self, path: Path) -> Iterator[Path]:
-        """A place to write to; it is renamed to `path` once its bytes are on disk."""
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            yield partial
-            with partial.open("rb") as handle:
-                os.fsync(handle.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)  # where the disk was full
 
 
 def _unique(keys: np.ndarray, logps: Sequence[np.ndarray]) -> list[int]:

@@ -21,6 +21,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from minimind_dpo.errors import UserError
+from minimind_dpo.files import write_text
 
 Series = tuple[list[float], list[float]]  # optimizer steps, values
 
@@ -65,7 +66,7 @@ def write_report(run_dir: Path) -> Path:
         )
     )
     path = run_dir / "report.html"
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 

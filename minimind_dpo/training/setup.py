@@ -24,6 +24,7 @@ from minimind_dpo.data.tokenized import TokenizedData, tokenize_files
 from minimind_dpo.engine.protocol import Engine, unwrap
 from minimind_dpo.engine.ranks import decide, main_first
 from minimind_dpo.errors import UserError
+from minimind_dpo.files import is_raw_weights
 from minimind_dpo.models.adapters import add_adapters
 from minimind_dpo.models.loading import load_model, locate_model
 from minimind_dpo.objective.layout import choose_layout
@@ -167,7 +168,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
 
 
 def tokenizer_path(config: TrainConfig) -> str:
-    """The tokenizer named, or the one that lies with the model (for a raw .pth: beside it, or in ../model).
+    """The tokenizer named, or the one that lies with the model (for raw weights: beside them, or in ../model).
 
     Raises:
         UserError: raw weights without a tokenizer.
@@ -175,7 +176,7 @@ def tokenizer_path(config: TrainConfig) -> str:
     if config.tokenizer_name_or_path:
         return config.tokenizer_name_or_path
     path = locate_model(config.model_name_or_path)
-    if path is None or path.suffix != ".pth":
+    if path is None or not is_raw_weights(path):
         return str(path or config.model_name_or_path)
     for candidate in (path.parent, path.parent.parent / "model"):
         if (candidate / "tokenizer.json").is_file():
