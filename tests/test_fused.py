@@ -181,7 +181,7 @@ def test_attention_of_wanted_queries(monkeypatch: pytest.MonkeyPatch, block: int
     output = attention_cpu.CpuPairAttention.apply(*arguments, wanted)
     assert output[:, :4].count_nonzero() == output[:, 12:21].count_nonzero() == 0
     _close([output[:, wanted], *_gradients(output[:, wanted], leaves)], [whole, *_gradients(whole, leaves)])
-    assert sum(part.end - part.start for part in attention_cpu.query_blocks(SEGMENTS, wanted)) == 4 + 2 + 2 + 2
+    assert sum(block.end - block.start for block in attention_cpu.query_blocks(SEGMENTS, wanted)) == 4 + 2 + 2 + 2
 
 
 def test_attention_keeps_its_softmax_where_few_keys_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from minimind_dpo.data.batch import PairBatch, pack_pairs, pad_pairs
 from minimind_dpo.errors import UserError
-from minimind_dpo.models.fast import attention, attention_cpu, attention_parts, head
+from minimind_dpo.models.fast import attention, attention_blocks, attention_cpu, head
 from minimind_dpo.models.fast import nodes as fused
 from minimind_dpo.models.fast.attention import use_pair_attention
 from minimind_dpo.objective.scoring import PairScorer, embedding_rows
@@ -60,7 +60,7 @@ _FP32_WITHIN = 1e-3  # relative and absolute
 
 # What a model raises that was handed inputs, or an attention, which it knows nothing of.
 _REFUSALS = (TypeError, ValueError, NotImplementedError, RuntimeError, IndexError, AttributeError)
-_KERNELS = {module.__file__ for module in (attention, attention_cpu, attention_parts, fused, head)}
+_KERNELS = {module.__file__ for module in (attention, attention_cpu, attention_blocks, fused, head)}
 _TORCH = str(Path(torch.__file__).parent)
 
 

@@ -21,8 +21,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from minimind_dpo.data.batch import PairSegment
+from minimind_dpo.models.fast.attention_blocks import banded_mask, pair_branches, visible_states
 from minimind_dpo.models.fast.attention_cpu import CpuPairAttention
-from minimind_dpo.models.fast.attention_parts import banded_mask, pair_parts, part_keys
 from minimind_dpo.models.fast.precision import autocast
 
 PAIR_ATTENTION = "minimind_dpo_pairs"
@@ -101,14 +101,14 @@ def sdpa_attention(
 ) -> Tensor:
     """Scaled dot product attention a segment at a time, for any device and type; arguments of `pair_attention`."""
     outputs = []
-    for part in pair_parts(segments):
-        queries, keys = query[:, :, part.queries], part_keys(key, part)
+    for block in pair_branches(segments):
+        queries, keys = query[:, :, block.queries], visible_states(key, block)
         mask = _mask(queries, keys, window)
         outputs.append(
             F.scaled_dot_product_attention(
                 queries,
                 keys,
-                part_keys(value, part),
+                visible_states(value, block),
                 attn_mask=mask,
                 is_causal=mask is None,
                 scale=scaling,
@@ -120,11 +120,11 @@ def sdpa_attention(
 
 
 class _VarlenPlan(NamedTuple):
-    """Parts as flash attention wants them.
+    """A batch's branches as flash attention wants them.
 
     Attributes:
         key_index: [K] positions in the row whose keys are laid one after another; a prefix appears twice.
-        query_ends, key_ends: [parts + 1] cumulative lengths, int32.
+        query_ends, key_ends: [branches + 1] cumulative lengths, int32.
         longest_query, longest_key: the largest lengths.
     """
 
@@ -137,13 +137,13 @@ class _VarlenPlan(NamedTuple):
 
 @lru_cache(maxsize=8)  # the layers of a model ask one after another
 def _varlen_plan(segments: tuple[PairSegment, ...], device: torch.device) -> _VarlenPlan:
-    parts = list(pair_parts(segments))
+    branches = list(pair_branches(segments))
     keys = [
-        torch.cat([torch.arange(part.prefix.start, part.prefix.stop), torch.arange(part.start, part.end)])
-        for part in parts
+        torch.cat([torch.arange(branch.prefix.start, branch.prefix.stop), torch.arange(branch.start, branch.end)])
+        for branch in branches
     ]
     lengths = torch.tensor(
-        [[0, 0], *([part.end - part.start, len(index)] for part, index in zip(parts, keys, strict=True))]
+        [[0, 0], *([branch.end - branch.start, len(index)] for branch, index in zip(branches, keys, strict=True))]
     )
     ends = lengths.cumsum(dim=0).int().to(device)
     longest_query, longest_key = lengths.amax(dim=0).tolist()
@@ -160,7 +160,7 @@ def varlen_attention(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """All parts in one call of torch's flash attention for variable lengths; arguments of `pair_attention`.
+    """All branches in one call of torch's flash attention for variable lengths; arguments of `pair_attention`.
 
     The row is already the queries' order; the keys of a rejected branch are its prefix again and its own. Causal
     there means bottom-right, which is what a branch needs. Half precision on a GPU only.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minimind_dpo.data.batch import PairSegment
-from minimind_dpo.models.fast.attention_parts import Part, banded_mask, pair_parts, part_keys
+from minimind_dpo.models.fast.attention_blocks import QueryBlock, banded_mask, pair_branches, visible_states
 
 BLOCK = 128  # queries at a time; fewer make products too small, more compute too many hidden scores
 KEPT_KEYS = 384  # the softmax of queries that see more keys is computed again: it would outgrow the other activations
@@ -43,7 +43,7 @@ class CpuPairAttention(torch.autograd.Function):
         """Outputs [1, T, heads, head_dim]; arguments of `pair_attention`.
 
         Args:
-            wanted: ascending positions whose outputs are used (None: all). What lies before a part's first one is
+            wanted: ascending positions whose outputs are used (None: all). What lies before a branch's first one is
                 left out and becomes 0, in the gradient too.
         """
         scaling = query.shape[3] ** -0.5 if scaling is None else scaling
@@ -53,8 +53,8 @@ class CpuPairAttention(torch.autograd.Function):
         kept = []
         for block in query_blocks(segments, wanted):
             rows = slice(block.start * group, block.end * group)
-            weights = _weights(queries[:, rows], part_keys(key, block)[0], block, window)
-            output[:, rows] = _product(weights, part_keys(value, block)[0])
+            weights = _weights(queries[:, rows], visible_states(key, block)[0], block, window)
+            output[:, rows] = _product(weights, visible_states(value, block)[0])
             kept.append(weights if any(ctx.needs_input_grad) and keeps_weights(block) else None)
         ctx.save_for_backward(query, key, value, *kept)
         ctx.segments, ctx.scaling, ctx.window, ctx.wanted = segments, scaling, window, wanted
@@ -70,10 +70,10 @@ class CpuPairAttention(torch.autograd.Function):
         grad_key, grad_value = (states.new_zeros(states.shape) for states in (key, value))
         for block, weights in zip(query_blocks(ctx.segments, ctx.wanted), kept, strict=True):
             rows = slice(block.start * group, block.end * group)
-            keys, grad = part_keys(key, block)[0], grads[:, rows]
+            keys, grad = visible_states(key, block)[0], grads[:, rows]
             if weights is None:
                 weights = _weights(queries[:, rows], keys, block, ctx.window)
-            grad_weights = _product(grad, part_keys(value, block)[0].mT)
+            grad_weights = _product(grad, visible_states(value, block)[0].mT)
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
             grad_queries[:, rows] = _product(grad_scores, keys)
             _add(grad_key[0], block, _product(grad_scores.mT, queries[:, rows]))
@@ -82,22 +82,22 @@ class CpuPairAttention(torch.autograd.Function):
         return grad_query, grad_key, grad_value, None, None, None, None
 
 
-def query_blocks(segments: Sequence[PairSegment], wanted: Sequence[int] | None = None) -> Iterator[Part]:
-    """Parts cut into blocks of at most `BLOCK` queries, each part from its first wanted query on (None: all)."""
-    for part in pair_parts(segments):
-        first = part.start
+def query_blocks(segments: Sequence[PairSegment], wanted: Sequence[int] | None = None) -> Iterator[QueryBlock]:
+    """Branches cut into blocks of at most `BLOCK` queries, each branch from its first wanted query on (None: all)."""
+    for branch in pair_branches(segments):
+        first = branch.start
         if wanted is not None:
-            index = bisect_left(wanted, part.start)
-            if index == len(wanted) or wanted[index] >= part.end:
+            index = bisect_left(wanted, branch.start)
+            if index == len(wanted) or wanted[index] >= branch.end:
                 continue
             first = wanted[index]
-        count = -(-(part.end - first) // BLOCK)
-        size = -(-(part.end - first) // count)
-        for start in range(first, part.end, size):
-            yield Part(part.prefix, part.first, start, min(start + size, part.end))
+        count = -(-(branch.end - first) // BLOCK)
+        size = -(-(branch.end - first) // count)
+        for start in range(first, branch.end, size):
+            yield QueryBlock(branch.prefix, branch.first, start, min(start + size, branch.end))
 
 
-def keeps_weights(block: Part) -> bool:
+def keeps_weights(block: QueryBlock) -> bool:
     """Whether a block's softmax is kept for the backward pass."""
     return block.keys <= KEPT_KEYS
 
@@ -114,7 +114,7 @@ def _positions(rows: Tensor, group: int) -> Tensor:
     return states.clone(memory_format=torch.contiguous_format).flatten(1, 2)[None]
 
 
-def _weights(queries: Tensor, keys: Tensor, block: Part, window: int | None) -> Tensor:
+def _weights(queries: Tensor, keys: Tensor, block: QueryBlock, window: int | None) -> Tensor:
     """softmax(Q K^T + mask) [key heads, rows, K] of scaled queries."""
     scores = _product(queries, keys.mT)
     count = block.end - block.start
@@ -148,7 +148,7 @@ def _upper_triangle(size: int) -> Tensor:
     return banded_mask(size, size, None, torch.float32, torch.device("cpu"))
 
 
-def _add(total: Tensor, block: Part, grad: Tensor) -> None:
+def _add(total: Tensor, block: QueryBlock, grad: Tensor) -> None:
     """Add a block's gradient [key heads, K, D] to the row's."""
     if block.shared:
         total[:, block.prefix] += grad[:, : block.shared]

@@ -12,10 +12,10 @@ from torch import Tensor
 from minimind_dpo.data.batch import PairSegment
 
 
-class Part(NamedTuple):
+class QueryBlock(NamedTuple):
     """Queries from `start` to `end`, which see `prefix` and, causally, positions from `first` on.
 
-    A branch is one part with `first` its start; a part may be cut into blocks of fewer queries.
+    A whole branch is the block whose `first` is its `start`; it may be cut into blocks of fewer queries.
     """
 
     prefix: slice
@@ -44,13 +44,13 @@ class Part(NamedTuple):
         return self.shared + self.end - self.first
 
 
-def pair_parts(segments: Sequence[PairSegment]) -> Iterator[Part]:
+def pair_branches(segments: Sequence[PairSegment]) -> Iterator[QueryBlock]:
     """Each pair's prefix with its chosen branch, then its rejected branch: together the row from start to end."""
     for segment in segments:
         chosen_end = segment.start + segment.prefix + segment.chosen
-        yield Part(slice(0, 0), segment.start, segment.start, chosen_end)
+        yield QueryBlock(slice(0, 0), segment.start, segment.start, chosen_end)
         if segment.rejected:
-            yield Part(
+            yield QueryBlock(
                 slice(segment.start, segment.start + segment.prefix),
                 chosen_end,
                 chosen_end,
@@ -58,10 +58,10 @@ def pair_parts(segments: Sequence[PairSegment]) -> Iterator[Part]:
             )
 
 
-def part_keys(states: Tensor, part: Part) -> Tensor:
-    """What a part's queries see of [..., T, head_dim]."""
-    own = states[..., part.own, :]
-    return torch.cat([states[..., part.prefix, :], own], dim=-2) if part.shared else own
+def visible_states(states: Tensor, block: QueryBlock) -> Tensor:
+    """What a block's queries see of [..., T, head_dim]."""
+    own = states[..., block.own, :]
+    return torch.cat([states[..., block.prefix, :], own], dim=-2) if block.shared else own
 
 
 @lru_cache(maxsize=16)  # every layer asks for the same ones
