@@ -33,6 +33,7 @@ from benchmarks.workloads import MAX_LENGTH, MIXES, minimind_shape, mix_lengths,
 from minimind_dpo.config import make_config
 from minimind_dpo.engine.launcher import start_engine
 from minimind_dpo.engine.protocol import unwrap
+from minimind_dpo.models.fast import patch
 from minimind_dpo.models.fast.attention_cpu import CpuPairAttention
 from minimind_dpo.models.fast.head import _TokenLogps
 from minimind_dpo.training import loop
@@ -96,8 +97,7 @@ def _now() -> float:
 
 def watch(run: Run, clock: Stopwatch) -> None:
     """Put the stopwatch around the parts of a run's step."""
-    scorer = unwrap(run.scorer)
-    decoder, head = scorer._split
+    decoder = unwrap(run.scorer).model.get_decoder()
 
     def load(*args: Any) -> Iterator[Any]:
         for plan, batches in loading(*args):
@@ -116,7 +116,7 @@ def watch(run: Run, clock: Stopwatch) -> None:
     run.engine.step = clock.around("clipping and optimizer", run.engine.step)  # type: ignore[method-assign]
     run.reference.per_token_logps = clock.around("reference", run.reference.per_token_logps)  # type: ignore[method-assign]
     decoder.forward = clock.around("forward: layers", decoder.forward)
-    head.forward = clock.around("forward: head", head.forward)
+    patch.token_logps = clock.around("forward: head", patch.token_logps)
     for node, phase in ((CpuPairAttention, "attention"), (_TokenLogps, "head")):
         node.backward = staticmethod(clock.around(f"backward: {phase}", node.backward))
     CpuPairAttention.forward = staticmethod(clock.around("forward: attention", CpuPairAttention.forward))

@@ -89,7 +89,7 @@ def _score(kind: str, rows: list[dict[str, Any]], layout: Any, fast: bool) -> tu
             return _by_transformers(model, batch)
         scorer = PairScorer(model)
         assert choose_layout(scorer, "pairs" if layout is PACKED else "sdpa", torch.device("cpu")) is layout
-        assert scorer.fast
+        assert scorer.fused_head
         return scorer(batch)
 
     scores = score(policy.train())

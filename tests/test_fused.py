@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from helpers_model import tiny_model
 from torch import Tensor, nn
 from transformers import GemmaConfig, GemmaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from minimind_dpo.data.batch import PairSegment
-from minimind_dpo.models.fast import attention, attention_cpu, head
-from minimind_dpo.models.fast import nodes as fused_modules
-from minimind_dpo.models.fast.head import split_head, token_logps
-from minimind_dpo.models.fast.nodes import fuse, restrict_last_layer
+from minimind_dpo.models.fast import attention, attention_cpu, head, patch
+from minimind_dpo.models.fast.head import token_logps
+from minimind_dpo.models.fast.patch import Patch, can_fuse
 
 SEGMENTS = (PairSegment(0, 5, 3, 4), PairSegment(12, 1, 2, 0), PairSegment(15, 7, 1, 9))
 
@@ -39,32 +38,35 @@ def _close(ours: list[Tensor], theirs: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "mistral_window", "qwen3", "minimind_moe"])
 def test_fused_modules_equal_their_own_forward(kind: str) -> None:
-    plain, fused = tiny_model(kind), tiny_model(kind)
-    fuse(fused)
+    model = tiny_model(kind)
     x = _leaves((2, 300, 32))[0]
-    changed = 0
-    for (name, one), (_, other) in zip(plain.named_modules(), fused.named_modules(), strict=True):
-        if "forward" not in vars(other) or isinstance(other, nn.Linear):
+    compared = 0
+    for name, module in model.named_modules():
+        if not name.endswith(("norm", "mlp")) or "MoeBlock" in type(module).__name__:
             continue
-        changed += 1
-        size = one.weight.shape[0] if isinstance(one, LlamaRMSNorm) or name.endswith("norm") else 32
+        compared += 1
+        size = 32 if name.endswith("mlp") else module.weight.shape[0]
         inputs = x[..., :size]
-        results = [[module(inputs), *_gradients(module(inputs), [x, *module.parameters()])] for module in (other, one)]
+        results = []
+        for context in (Patch(model).applied(packed=False), nullcontext()):
+            with context:
+                assert ("forward" in vars(module)) == (not results)
+                results.append([module(inputs), *_gradients(module(inputs), [x, *module.parameters()])])
         _close(*results)
-    assert changed >= 5  # two norms a layer, the last norm; dense models also two MLPs
+    assert compared >= 5  # two norms a layer, the last norm; dense models also two MLPs
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_rotary_embedding_equals_its_model_s_own(kind: str) -> None:
     model = tiny_model(kind)
-    fuse(model)
-    source = sys.modules[type(model.model.layers[0].self_attn).__module__]
-    assert source.apply_rotary_pos_emb is fused_modules._rotary
+    with Patch(model).applied(packed=False):
+        fused = model.model.layers[0].self_attn.forward.__func__.__globals__["apply_rotary_pos_emb"]
+    assert fused is patch._rotary
     query, key = _leaves((1, 4, 30, 8), (1, 2, 30, 8))
     cos, sin = torch.randn(2, 1, 30, 8)  # halves that differ, as no model has them
     for dtype in (torch.float32, torch.bfloat16):
         results = []
-        for rotary in (fused_modules._rotary, fused_modules._llama_rotary):
+        for rotary in (fused, apply_rotary_pos_emb):
             rotated = torch.cat(rotary(query.to(dtype), key.to(dtype), cos.to(dtype), sin.to(dtype)), dim=1).float()
             results.append([rotated, *_gradients(rotated, [query, key])])
         _close(*results)
@@ -83,30 +85,32 @@ def test_modules_that_compute_something_else_are_left_alone() -> None:
             head_dim=8,
         )
     )
-    fuse(model)
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert not can_fuse(model)
+    with Patch(model).applied(packed=False):
+        changed = [name for name, module in model.named_modules() if "forward" in vars(module)]
+    assert changed == ["model.layers.0.self_attn", "lm_head"]  # its rotary embedding is Llama's
 
 
 def test_fused_norm_leaves_half_precision_to_the_module() -> None:
-    plain, fused = tiny_model("llama").bfloat16(), tiny_model("llama").bfloat16()
-    fuse(fused)
+    model = tiny_model("llama").bfloat16()
     x = torch.randn(3, 32).bfloat16()
-    assert torch.equal(fused.model.norm(x), plain.model.norm(x))
+    with Patch(model).applied(packed=False):
+        fused = model.model.norm(x)
+    assert torch.equal(fused, model.model.norm(x))
 
 
 def test_last_layer_works_on_wanted_rows_only() -> None:
-    whole, model = tiny_model("llama").model, tiny_model("llama")
-    wanted = restrict_last_layer(model)
+    model = tiny_model("llama")
     seen: list[int] = []
     model.model.layers[-1].mlp.down_proj.register_forward_hook(lambda module, x, y: seen.append(x[0].shape[1]))
-    wanted.positions = torch.tensor([3, 4, 9])
-    ids = torch.arange(10)[None]
-    states, all_states = (m(ids, use_cache=False).last_hidden_state[0, [3, 4, 9]] for m in (model.model, whole))
-    assert seen == [3]
-    _close(
-        [states, *_gradients(states, list(model.model.parameters()))],
-        [all_states, *_gradients(all_states, list(whole.parameters()))],
-    )
+    ids, wanted = torch.arange(10)[None], torch.tensor([3, 4, 9])
+    results = []
+    for context in (Patch(model).applied(packed=False, wanted=wanted), nullcontext()):
+        with context:
+            states = model.model(ids, use_cache=False).last_hidden_state[0, wanted]
+        results.append([states, *_gradients(states, list(model.model.parameters()))])
+    assert seen == [3, 10]
+    _close(*results)
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5, 100])
@@ -147,7 +151,7 @@ def test_head_in_autocast_computes_in_its_type() -> None:
 def test_head_that_is_no_plain_linear_layer_is_left_alone() -> None:
     model = tiny_model("llama")
     model.lm_head = nn.Linear(32, 97, bias=True)
-    assert split_head(model) is None
+    assert Patch(model).head is None
 
 
 @pytest.mark.parametrize("window", [None, 4])

@@ -73,7 +73,7 @@ def test_every_reference_under_every_engine(tmp_path: Path, precision: str, engi
 def test_a_trained_model_is_packed(precision: str) -> None:
     scorer = PairScorer(load_model(WEIGHTS))
     assert choose_layout(scorer, "pairs", CPU, autocast(precision)) is PACKED
-    assert scorer.fast
+    assert scorer.fused_head
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
@@ -112,8 +112,7 @@ def test_a_reference_inherits_the_layout_and_a_named_one_must_have_it() -> None:
     own, other = PairScorer(load_model(WEIGHTS)), PairScorer(tiny_model("llama"))
     adopt_layout(own, policy, layout, CPU, named=False)
     adopt_layout(other, policy, layout, CPU, named=True)
-    assert own.fast and other.fast
-    assert own.model.config._attn_implementation == other.model.config._attn_implementation == attention.PAIR_ATTENTION
+    assert own.fused_head and other.fused_head
 
     class Odd(type(tiny_model("llama"))):  # type: ignore[misc]
         def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -123,7 +122,7 @@ def test_a_reference_inherits_the_layout_and_a_named_one_must_have_it() -> None:
     odd = tiny_model("llama")
     odd.__class__ = Odd
     odd.lm_head.bias = torch.nn.Parameter(torch.zeros(97))  # its head stays with the model's own forward
-    with pytest.raises(UserError, match=r"^ref_model_name_or_path: Odd cannot attend .* differ by up to .* nats"):
+    with pytest.raises(UserError, match=r"^ref_model_name_or_path: Odd cannot attend .* does not tell its attention"):
         adopt_layout(PairScorer(odd), policy, layout, CPU, named=True)
 
 
@@ -161,4 +160,4 @@ def test_a_model_s_own_refusal_is_told(caplog: pytest.LogCaptureFixture) -> None
 def test_every_rank_takes_the_main_process_s_answer() -> None:
     scorer = PairScorer(tiny_model("llama"))
     assert choose_layout(scorer, "pairs", CPU, agree=lambda answer: "the main process saw a difference") is PLAIN
-    assert not scorer.fast
+    assert not scorer.fused_head

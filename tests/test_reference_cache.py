@@ -23,7 +23,6 @@ from minimind_dpo.data.tokenized import Report, TokenizedData
 from minimind_dpo.engine.launcher import start_engine
 from minimind_dpo.engine.protocol import Engine
 from minimind_dpo.errors import StoppedEarly, UserError
-from minimind_dpo.models.fast.attention import use_pair_attention
 from minimind_dpo.objective.layout import PACKED
 from minimind_dpo.objective.scoring import PairScorer
 from minimind_dpo.reference import cache as reference_cache
@@ -50,7 +49,6 @@ class Scorer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inner = PairScorer(tiny_model("llama")).eval()
-        use_pair_attention(self.inner.model)
         self.scored = 0
 
     def forward(self, batch: Any) -> Any:

@@ -22,9 +22,7 @@ from transformers import PreTrainedModel
 
 from minimind_dpo.data.batch import PairBatch, pack_pairs, pad_pairs
 from minimind_dpo.errors import UserError
-from minimind_dpo.models.fast import attention, attention_blocks, attention_cpu, head
-from minimind_dpo.models.fast import nodes as fused
-from minimind_dpo.models.fast.attention import use_pair_attention
+from minimind_dpo.models.fast import attention, attention_blocks, attention_cpu, head, nodes, patch
 from minimind_dpo.objective.scoring import PairScorer, embedding_rows
 
 logger = logging.getLogger(__name__)
@@ -60,7 +58,7 @@ _FP32_WITHIN = 1e-3  # relative and absolute
 
 # What a model raises that was handed inputs, or an attention, which it knows nothing of.
 _REFUSALS = (TypeError, ValueError, NotImplementedError, RuntimeError, IndexError, AttributeError)
-_KERNELS = {module.__file__ for module in (attention, attention_cpu, attention_blocks, fused, head)}
+_KERNELS = {module.__file__ for module in (attention, attention_blocks, attention_cpu, head, nodes, patch)}
 _TORCH = str(Path(torch.__file__).parent)
 
 
@@ -72,7 +70,9 @@ def choose_layout(
     autocast: Autocast = nullcontext,
     agree: Agree = lambda answer: answer,
 ) -> PairLayout:
-    """Decide between the packed and the plain layout, and set the model's attention accordingly. Collective.
+    """Decide between the packed and the plain layout, and whether the head can be fused. Collective.
+
+    The latter is kept on `scorer`; the model stays as it is.
 
     Args:
         scorer: of the policy; of a sharded one every rank must call this.
@@ -84,21 +84,17 @@ def choose_layout(
     Raises:
         torch.OutOfMemoryError, RuntimeError: memory ran out, or one of our own kernels failed.
     """
-    model = scorer.model
-    original = model.config._attn_implementation
     with _probing(scorer, autocast):
-        scorer.fast = False
-        expected = _probe(scorer, PLAIN, device)
-        scorer.fast = True
-        scorer.fast = agree(_problem(scorer, PLAIN, expected)) is None
+        expected = _probe_head(scorer, device, agree)
         if attn_implementation != "pairs":
             return PLAIN
-        problem = agree(_packing_problem(scorer, expected))
-        if problem is None:
-            return PACKED
-        model.set_attn_implementation(original)
+        problem = agree(_problem(scorer, PACKED, expected))
+    if problem is None:
+        return PACKED
     logger.warning(
-        "%s cannot attend over packed pairs (%s): each side gets a padded row of its own", type(model).__name__, problem
+        "%s cannot attend over packed pairs (%s): each side gets a padded row of its own",
+        type(scorer.model).__name__,
+        problem,
     )
     return PLAIN
 
@@ -129,16 +125,11 @@ def adopt_layout(
         UserError: it is, and it cannot.
     """
     if not named:
-        scorer.fast = policy.fast
-        if layout is PACKED:
-            use_pair_attention(scorer.model)
+        scorer.fused_head = policy.fused_head
         return
     with _probing(scorer, autocast):
-        scorer.fast = False
-        expected = _probe(scorer, PLAIN, device)
-        scorer.fast = True
-        scorer.fast = agree(_problem(scorer, PLAIN, expected)) is None
-        problem = agree(_packing_problem(scorer, expected)) if layout is PACKED else None
+        expected = _probe_head(scorer, device, agree)
+        problem = agree(_problem(scorer, PACKED, expected)) if layout is PACKED else None
     if problem is not None:
         raise UserError(
             f"ref_model_name_or_path: {type(scorer.model).__name__} cannot attend over packed pairs as the "
@@ -157,13 +148,13 @@ def _probing(scorer: PairScorer, autocast: Autocast) -> Iterator[None]:
         scorer.train(training)
 
 
-def _packing_problem(scorer: PairScorer, expected: Tensor) -> str | None:
-    """Why a model cannot score packed pairs, its attention switched to them; None if it can."""
-    try:
-        switched = use_pair_attention(scorer.model)
-    except _REFUSALS as error:
-        return _reason(error)
-    return _problem(scorer, PACKED, expected) if switched else "its class has an attention of its own"
+def _probe_head(scorer: PairScorer, device: torch.device, agree: Agree) -> Tensor:
+    """Decide whether the head can be fused; the probe pairs' log-probabilities [M] by the model's own head."""
+    scorer.fused_head = False
+    expected = _probe(scorer, PLAIN, device)
+    scorer.fused_head = True
+    scorer.fused_head = agree(_problem(scorer, PLAIN, expected)) is None
+    return expected
 
 
 def _problem(scorer: PairScorer, layout: PairLayout, expected: Tensor) -> str | None:

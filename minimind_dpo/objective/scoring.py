@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from minimind_dpo.data.batch import PairBatch
-from minimind_dpo.models.fast.head import split_head
-from minimind_dpo.models.fast.nodes import fuse, restrict_last_layer
+from minimind_dpo.models.fast.patch import Patch
 from minimind_dpo.models.router import router_aux_loss, router_settings
 
 
@@ -30,21 +29,29 @@ class PairScores(NamedTuple):
 class PairScorer(nn.Module):
     """A causal language model that scores pairs in either layout of `data/batch.py`.
 
+    The model is patched for the time of a batch only, so outside it computes and generates as it always did.
+
     Args:
         model: the language model; in training mode its router loss, if it has one, is scored too.
+
+    Attributes:
+        fused_head: log-probabilities come from `models/fast/head.py` and the last layer works on counted positions
+            only; off until `choose_layout` has seen that it changes nothing.
     """
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
         self.router = router_settings(model.config)
-        fuse(model)
-        self._wanted = restrict_last_layer(model)
-        self._split = split_head(model)
-        self.fast = False  # until `choose_layout` has seen that it changes nothing
+        self._patch = Patch(model)
+        self.fused_head = False
 
     def forward(self, batch: PairBatch) -> PairScores:
-        """Score a batch; the language model head runs only where the next token counts."""
+        """Score a batch; the language model head runs only where the next token counts.
+
+        Raises:
+            NotImplementedError: the batch is packed, and the model cannot attend over packed pairs.
+        """
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
         if batch.segments is not None:
             inputs["pair_segments"] = batch.segments
@@ -53,15 +60,16 @@ class PairScorer(nn.Module):
         wants_router = self.router is not None and self.training
         if wants_router:
             inputs["output_router_logits"] = True
-        if self.fast and self._split is not None:
-            decoder, head = self._split
-            self._wanted.positions = None if wants_router else batch.state_positions
-            output = decoder(**inputs)
-            logps = head(output.last_hidden_state.flatten(0, -2)[batch.logit_positions], batch.target_ids)
-        else:
-            self._wanted.positions = None
-            output = self.model(**inputs, logits_to_keep=_kept(batch))
-            logps = -F.cross_entropy(output.logits.flatten(0, -2).float(), batch.target_ids, reduction="none")
+        decoder, head = self._patch.decoder, self._patch.head
+        fused = self.fused_head and head is not None
+        wanted = batch.state_positions if fused and not wants_router else None
+        with self._patch.applied(packed=batch.segments is not None, wanted=wanted):
+            if fused:
+                output = decoder(**inputs)
+                logps = head(output.last_hidden_state.flatten(0, -2)[batch.logit_positions], batch.target_ids)
+            else:
+                output = self.model(**inputs, logits_to_keep=_kept(batch))
+                logps = -F.cross_entropy(output.logits.flatten(0, -2).float(), batch.target_ids, reduction="none")
         return PairScores(
             logps[batch.token_index], self._aux_losses(output, batch) if wants_router else logps.new_zeros(len(batch))
         )

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from minimind_dpo.errors import UserError
 from minimind_dpo.files import is_raw_weights
 from minimind_dpo.models.adapters import add_adapters
-from minimind_dpo.models.fast.nodes import fuse
+from minimind_dpo.models.fast.patch import can_fuse
 from minimind_dpo.models.loading import locate_model, read_raw_weights
 from minimind_dpo.models.weights import MODEL_CLASSES, minimind_config, read_layout
 
@@ -35,7 +35,7 @@ class ModelShape:
         routed: experts a token is sent to, 0 in a dense model.
         gated: whether feed-forward blocks have a gate beside the first matrix.
         normed_heads: whether queries and keys are normalised.
-        fused: whether norms and feed-forward blocks are those of `models/fast/nodes.py`.
+        fused: whether norms and feed-forward blocks are computed by `models/fast/nodes.py`.
         vocab: tokens that the output layer scores.
         stored: bytes of an element in the source: 4 fp32, 2 half precision.
         lora_r: rank of the LoRA matrices, 0 without.
@@ -142,7 +142,7 @@ def shape_of(model: PreTrainedModel, stored: int = 4, lora_r: int | None = None)
         routed=config.num_experts_per_tok if experts else 0,
         gated=any("gate_proj" in name or "gate_up_proj" in name for name in names),
         normed_heads=any("q_norm" in name for name in names),
-        fused=fuse(model),
+        fused=can_fuse(model),
         vocab=config.vocab_size,
         stored=stored,
         lora_r=lora_r or 0,

@@ -17,15 +17,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from minimind_dpo.data.batch import PairSegment
 from minimind_dpo.models.fast.attention_blocks import banded_mask, pair_branches, visible_states
 from minimind_dpo.models.fast.attention_cpu import CpuPairAttention
 from minimind_dpo.models.fast.precision import autocast
-
-PAIR_ATTENTION = "minimind_dpo_pairs"
 
 
 def pair_attention(
@@ -43,14 +39,14 @@ def pair_attention(
     """Attend within each packed pair.
 
     Args:
-        module: the model's attention module; its `wanted_rows`, if it has any, say whose outputs are used
-            (`models/fast/nodes.py`; the CPU computes no others, which become 0 or anything).
+        module: the model's attention module; its `wanted_rows` (`models/fast/patch.py`), if it has them, say whose
+            outputs are used: the CPU computes no others, which become 0 or anything.
         query: [1, heads, T, head_dim].
         key: [1, key/value heads, T, head_dim]; `value` likewise.
         attention_mask: None for packed rows.
         scaling: factor on the scores (default 1 / sqrt(head_dim)).
         dropout: probability of dropping an attention weight.
-        pair_segments: where the pairs lie in T; without them this is plain causal attention.
+        pair_segments: where the pairs lie in T.
         sliding_window: positions a query sees, itself included; None sees all.
 
     Returns:
@@ -58,12 +54,12 @@ def pair_attention(
 
     Raises:
         NotImplementedError: for score soft-capping and attention sinks, which scaled dot product attention lacks,
-            and for a model that cuts its row up before it attends.
+            and for a model that does not hand on where the pairs lie, or cuts its row up before it attends.
     """
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise NotImplementedError("soft-capped scores and attention sinks have no packed form")
     if pair_segments is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        raise NotImplementedError("the model does not tell its attention where the pairs lie")
     segments = tuple(pair_segments)
     length = segments[-1].start + segments[-1].length
     if not query.shape[::2] == key.shape[::2] == value.shape[::2] == (1, length):
@@ -71,7 +67,7 @@ def pair_attention(
     query, key, value = autocast(query, key, value)
     if query.device.type == "cpu" and not dropout:
         rows = getattr(module, "wanted_rows", None)
-        wanted = None if rows is None or rows.positions is None else tuple(rows.positions.tolist())
+        wanted = None if rows is None else tuple(rows.tolist())
         with torch.autocast("cpu", enabled=False):
             output = CpuPairAttention.apply(
                 query.float(), key.float(), value.float(), segments, scaling, sliding_window, wanted
@@ -183,14 +179,3 @@ def varlen_attention(
     )
     assert isinstance(output, Tensor)
     return output[None]
-
-
-AttentionInterface.register(PAIR_ATTENTION, pair_attention)
-
-
-def use_pair_attention(model: PreTrainedModel) -> bool:
-    """Switch `model` to pair attention; False where its class does not dispatch through the interface."""
-    if not model._can_set_attn_implementation():
-        return False
-    model.set_attn_implementation(PAIR_ATTENTION)
-    return model.config._attn_implementation == PAIR_ATTENTION

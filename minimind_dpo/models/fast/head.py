@@ -8,13 +8,11 @@ kept.
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from minimind_dpo.models.fast.precision import autocast
 
@@ -73,25 +71,3 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     hidden, weight = autocast(hidden, weight)
     with torch.autocast(hidden.device.type, enabled=False):
         return _TokenLogps.apply(hidden, weight, targets)
-
-
-def _head(self: Any, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
-    if targets is None:
-        return F.linear(hidden, self.weight)
-    return token_logps(hidden, self.weight, targets)
-
-
-def split_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module] | None:
-    """A model's decoder and its head, which is then also callable as `head(hidden, targets)`.
-
-    The head stays a module and is called once a forward pass: that is where ZeRO-3 gathers its weight, on all ranks
-    together.
-
-    Returns:
-        None where the head is no plain linear layer.
-    """
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    if decoder is None or decoder is model or type(head) is not nn.Linear or head.bias is not None:
-        return None
-    head.forward = MethodType(_head, head)  # type: ignore[method-assign]
-    return decoder, head

@@ -1,0 +1,245 @@
+"""The one door to the modules of a model: what stands in for their forward passes while a batch is scored.
+
+A norm, a feed-forward block or a rotary embedding gets its node (`models/fast/nodes.py`) where its own forward pass has
+the source of Llama's, which transformers copies from model to model. Everything is an attribute of the model's own
+instances, for the time of one batch: classes, Python modules and other models are never touched, and afterwards the
+model is as it was.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from minimind_dpo.models.fast.attention import pair_attention
+from minimind_dpo.models.fast.head import token_logps
+from minimind_dpo.models.fast.nodes import rms_norm, rope, swiglu
+
+PAIR_ATTENTION = "minimind_dpo_pairs"
+AttentionInterface.register(PAIR_ATTENTION, pair_attention)  # one more choice; a model has to name it to get it
+
+_ROTARY = "apply_rotary_pos_emb"  # what transformers' attention modules call the function
+_ABSENT = object()
+
+Change = tuple[Any, str, Any]  # an object, the name of an attribute, and what it is to be
+
+
+class Patch:
+    """What stands in for a model's own forward passes, to be `applied` to one batch at a time.
+
+    Making one changes nothing, and any number of them may be made for a model.
+
+    Args:
+        model: the language model; its modules may later be wrapped by an engine or by accelerate's hooks.
+
+    Attributes:
+        decoder: the model without its head.
+        head: the output layer, which while the patch is applied can be called as `head(hidden, targets)` for
+            log-probabilities. It stays a module that is called once a forward pass: that is where ZeRO-3 gathers its
+            weight, on all ranks together. None where it is no plain linear layer.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self._model = model
+        self._fused = dict(_fused_forwards(model))
+        configs = {id(config): config for module in model.modules() if (config := _config(module)) is not None}
+        self._configs = list(configs.values())
+        self._checkpointed = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+        self.decoder, self.head = model.get_decoder(), model.get_output_embeddings()
+        if self.decoder in (None, model) or type(self.head) is not nn.Linear or self.head.bias is not None:
+            self.head = None
+        layers = getattr(self.decoder, "layers", None)
+        self._last_layer = layers[-1] if layers else None
+
+    def applied(self, *, packed: bool, wanted: Tensor | None = None) -> AbstractContextManager[None]:
+        """Around the forward pass of one batch.
+
+        What activation checkpointing runs again in the backward pass, it runs under the same patch again.
+
+        Args:
+            packed: the model's attention is to be that over pairs (`models/fast/attention.py`).
+            wanted: [S] ascending positions in the flattened rows whose last hidden states are used; None for all.
+
+        Raises:
+            NotImplementedError: `packed`, and the model's class has an attention that cannot be exchanged.
+        """
+        if packed and not self._model._can_set_attn_implementation():
+            raise NotImplementedError(f"{type(self._model).__name__} has an attention of its own")
+        changes: list[Change] = [
+            (module, _forward_name(module), forward) for module, forward in self._fused.items() if _is_own(module)
+        ]
+        if packed:
+            changes += [(config, "_attn_implementation_internal", PAIR_ATTENTION) for config in self._configs]
+        if wanted is not None and self._last_layer is not None:
+            changes += self._restricted(self._last_layer, wanted)
+        if self.head is not None:
+            changes.append((self.head, _forward_name(self.head), MethodType(_head, self.head)))
+        return _changed([*changes, *self._checkpointing(changes)])
+
+    def _restricted(self, layer: nn.Module, wanted: Tensor) -> Iterator[Change]:
+        """The last layer on the wanted rows only; its attention is told of them by a `wanted_rows` of its own.
+
+        Past the last attention no token looks at another, so rows without a logit are of no use; left out they count
+        0. The keys and values of the last layer are made of all rows.
+        """
+        if hasattr(layer, "self_attn"):
+            yield layer.self_attn, "wanted_rows", wanted
+        for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp"):
+            try:
+                module = layer.get_submodule(name)
+            except AttributeError:
+                continue
+            forward = self._fused[module] if module in self._fused and _is_own(module) else _forward(module)
+            yield module, _forward_name(module), partial(_on_rows, wanted, forward)
+
+    def _checkpointing(self, changes: list[Change]) -> Iterator[Change]:
+        """Have transformers' activation checkpointing make these changes around whatever it runs again."""
+        for module in self._checkpointed:
+            if (checkpoint := vars(module).get("_gradient_checkpointing_func")) is not None:
+                yield module, "_gradient_checkpointing_func", partial(_checkpoint, checkpoint, changes)
+
+
+def can_fuse(model: PreTrainedModel) -> bool:
+    """Whether a `Patch` would find norms to replace; changes nothing."""
+    return any(_same_source(kind.forward, LlamaRMSNorm.forward) for kind in {type(m) for m in model.modules()})
+
+
+@contextmanager
+def _changed(changes: Sequence[Change]) -> Iterator[None]:
+    """Objects with other attributes of their own, for the time of the `with`; however it ends."""
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for target, name, value in changes:
+            own: dict[str, Any] = target.__dict__
+            before.append((own, name, own.get(name, _ABSENT)))
+            own[name] = value
+        yield
+    finally:
+        for own, name, value in reversed(before):
+            if value is _ABSENT:
+                del own[name]
+            else:
+                own[name] = value
+
+
+def _checkpoint(
+    checkpoint: Callable[..., Any], changes: Sequence[Change], function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """`checkpoint(function, ...)`, where the backward pass sees what the first pass saw."""
+
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        with _changed(changes):
+            return function(*args, **kwargs)
+
+    return checkpoint(changed, *args, **kwargs)
+
+
+def _forward_name(module: nn.Module) -> str:
+    """Where a module's own forward pass is: accelerate's hooks, which bring offloaded weights, take the usual place."""
+    return "_old_forward" if "_old_forward" in vars(module) else "forward"
+
+
+def _forward(module: nn.Module) -> Callable[..., Any]:
+    return getattr(module, _forward_name(module))
+
+
+def _is_own(module: nn.Module) -> bool:
+    """Whether a module's forward pass is its class's; else somebody else has replaced it, and meant to."""
+    return getattr(_forward(module), "__func__", None) is type(module).forward
+
+
+def _config(module: nn.Module) -> PreTrainedConfig | None:
+    config = vars(module).get("config")
+    return config if isinstance(config, PreTrainedConfig) else None
+
+
+def _fused_forwards(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
+    """Modules that compute what a node computes, each with the forward pass that uses it."""
+    kinds = {type(module) for module in model.modules()}
+    norms, mlps = (
+        {kind for kind in kinds if _same_source(kind.forward, llama.forward)} for llama in (LlamaRMSNorm, LlamaMLP)
+    )
+    rotating = {kind: forward for kind in kinds if (forward := _with_fused_rotary(kind.forward)) is not None}
+    for module in model.modules():
+        if type(module) in norms:
+            yield module, MethodType(_rms_norm, module)
+        elif type(module) in mlps and _is_silu(module.act_fn):
+            yield module, MethodType(_swiglu_mlp, module)
+        elif type(module) in rotating:
+            yield module, MethodType(rotating[type(module)], module)
+
+
+def _with_fused_rotary(forward: Any) -> FunctionType | None:
+    """A copy of an attention module's forward function that sees the node where it calls for the rotary embedding.
+
+    None where it calls for none, or for another than Llama's.
+    """
+    if (
+        not isinstance(forward, FunctionType)
+        or hasattr(forward, "__wrapped__")
+        or _ROTARY not in forward.__code__.co_names
+    ):
+        return None
+    names = forward.__globals__
+    llama = vars(modeling_llama)
+    if not all(name in names and _same_source(names[name], llama[name]) for name in (_ROTARY, "rotate_half")):
+        return None
+    fused = FunctionType(
+        forward.__code__, names | {_ROTARY: _rotary}, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    fused.__kwdefaults__ = forward.__kwdefaults__
+    return fused
+
+
+def _same_source(function: Any, llama: Any) -> bool:
+    """Whether two functions are the same text, as far as transformers copies them from model to model."""
+    if not isinstance(function, FunctionType) or not function.__module__.startswith("transformers."):
+        return False
+    return inspect.getsource(function) == inspect.getsource(llama)
+
+
+def _is_silu(activation: Any) -> bool:
+    return isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
+
+
+def _rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
+    if hidden_states.dtype != torch.float32 or self.weight.dtype != torch.float32:
+        return type(self).forward(self, hidden_states)  # which decides where to round
+    return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+def _swiglu_mlp(self: Any, x: Tensor) -> Tensor:
+    return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    if not q.dtype == k.dtype == cos.dtype == torch.float32:
+        # which decides where to round
+        return modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return rope(q, cos, sin), rope(k, cos, sin)
+
+
+def _on_rows(positions: Tensor, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`forward` of the rows of x [..., D] at `positions` [S], 0 elsewhere."""
+    rows = forward(x.flatten(0, -2)[positions][None])[0]
+    output = rows.new_zeros(x.shape[:-1].numel(), rows.shape[-1])
+    # unlike index_copy this keeps no copy of `rows` for the backward pass
+    return output.index_put((positions,), rows).view(*x.shape[:-1], -1)
+
+
+def _head(self: Any, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+    if targets is None:
+        return F.linear(hidden, self.weight)
+    return token_logps(hidden, self.weight, targets)
