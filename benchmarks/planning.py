@@ -11,8 +11,10 @@ MiB and their ratio. A row of the largest model takes minutes on two cores.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 if __name__ == "__main__":  # the project's root instead of this directory, whose profile.py would hide the library's
@@ -20,9 +22,10 @@ if __name__ == "__main__":  # the project's root instead of this directory, whos
 
 from transformers import LlamaConfig
 
+from minimind_dpo.planning.configurations import read_zero
 from minimind_dpo.planning.measure import measure, process_bytes
-from minimind_dpo.planning.memory import Setup
-from minimind_dpo.planning.phases import predict
+from minimind_dpo.planning.peak import predict
+from minimind_dpo.planning.run_shape import RunShape
 from minimind_dpo.planning.shape import read_shape
 
 MIB = 2**20
@@ -55,19 +58,36 @@ SHAPES = {
 }
 
 
-def row(source: Path, setup: Setup) -> str:
-    """Predict, run, and compare one setup."""
-    lora_r = LORA_R if setup.reference == "adapter" else None
-    predicted = predict(read_shape(str(source), lora_r=lora_r), setup, process_bytes())[0]
-    measured = measure(str(source), setup, None, lora_r)
+def row(source: Path, run: RunShape) -> str:
+    """Predict, run, and compare."""
+    lora_r = LORA_R if run.reference == "adapter" else None
+    predicted = predict(read_shape(str(source), lora_r=lora_r), run, process_bytes())[0]
+    measured = measure(str(source), run, None, lora_r)
     return (
-        f"| {source.name} | {setup.stage} | {setup.world} | {setup.reference} | {setup.pairs} x {setup.length} "
+        f"| {source.name} | {run.stage} | {run.world} | {run.reference} | {run.pairs} x {run.length} "
         f"| {predicted.total / MIB:.0f} | {measured / MIB:.0f} | {predicted.total / measured:.2f} |"
     )
 
 
-def main() -> None:
+def runs(args: argparse.Namespace) -> Iterator[RunShape]:
     """Every combination of the flags."""
+    for batch, stage, reference in itertools.product(args.batch, args.stage, args.reference):
+        pairs, length = map(int, batch.split("x"))
+        yield RunShape(
+            world=args.num_processes,
+            per_node=args.num_processes,
+            zero=read_zero(stage, args.offload, cpu=True),
+            reference=reference,
+            pairs=pairs,
+            length=length,
+            checkpointing=args.gradient_checkpointing,
+            bf16=args.bf16,
+            cpu=True,
+        )
+
+
+def main() -> None:
+    """A row for every model and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--stage", nargs="+", type=int, default=[0, 2, 3])
@@ -89,28 +109,8 @@ def main() -> None:
                 **SHAPES[model],
             )
             config.save_pretrained(source)
-            for batch in args.batch:
-                pairs, length = map(int, batch.split("x"))
-                for stage in args.stage:
-                    for reference in args.reference:
-                        print(
-                            row(
-                                source,
-                                Setup(
-                                    world=args.num_processes,
-                                    per_node=args.num_processes,
-                                    stage=stage,
-                                    reference=reference,
-                                    offload=args.offload,
-                                    pairs=pairs,
-                                    length=length,
-                                    checkpointing=args.gradient_checkpointing,
-                                    bf16=args.bf16,
-                                    cpu=True,
-                                ),
-                            ),
-                            flush=True,
-                        )
+            for run in runs(args):
+                print(row(source, run), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from helpers_model import random_row, tiny_model
+from helpers_planning import BILLION, planned, total
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from minimind_dpo.cli import main as cli
@@ -18,50 +20,27 @@ from minimind_dpo.models.adapters import add_adapters
 from minimind_dpo.models.fast.head import CHUNK_ELEMENTS
 from minimind_dpo.objective.layout import PACKED, choose_layout
 from minimind_dpo.objective.scoring import PairScorer
-from minimind_dpo.planning import command as planning
-from minimind_dpo.planning.measure import deepspeed_settings
-from minimind_dpo.planning.memory import (
-    BUCKET,
-    LARGE,
-    Setup,
-    activation_parts,
-    gradient_parts,
-    head_part,
-    model_states,
-    part,
-    reference_parts,
-    softmax_part,
-)
-from minimind_dpo.planning.phases import predict
-from minimind_dpo.planning.shape import ModelShape, read_shape, shape_of
+from minimind_dpo.planning import comparison
+from minimind_dpo.planning.activations import head_logits, kept_activations, kept_softmax
+from minimind_dpo.planning.allocation import LARGE, PURPOSES, allocate
+from minimind_dpo.planning.configurations import configuration_name
+from minimind_dpo.planning.measure import write_launch_files
+from minimind_dpo.planning.peak import predict
+from minimind_dpo.planning.phases import gradient_exchange, standing_states
+from minimind_dpo.planning.run_shape import RunShape
+from minimind_dpo.planning.shape import read_shape, shape_of
+from minimind_dpo.planning.states import reference_weights
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 KINDS = ["llama", "qwen3", "qwen3_moe", "minimind_moe"]
-BILLION = ModelShape(
-    parameters=(10**6,) * 1000,
-    adapters=(),
-    layers=10,
-    hidden=1000,
-    heads=10,
-    query=1000,
-    key_value=200,
-    intermediate=4000,
-    dense_blocks=1,
-    routed=0,
-    gated=True,
-    normed_heads=False,
-    fused=True,
-    vocab=1000,
-)
 
 
-def states(setup: Setup) -> dict[str, float]:
+def states(run: RunShape) -> dict[str, float]:
     """Bytes a parameter of weights, gradients and optimizer on the device, without buffers."""
     sums: dict[str, float] = {}
-    exchange, _ = gradient_parts(BILLION, setup)
-    for item in model_states(BILLION, setup) + exchange:
-        if item.name != "communication" and not item.on_host:
-            sums[item.name] = sums.get(item.name, 0) + item.bytes / BILLION.total
+    for item in standing_states(BILLION, run) + gradient_exchange(BILLION, run):
+        if item.purpose != "communication" and not item.on_host:
+            sums[item.purpose] = sums.get(item.purpose, 0) + item.bytes / BILLION.total
     return sums
 
 
@@ -79,25 +58,25 @@ def test_model_states_in_bytes_a_parameter(
     stage: int, world: int, weights: float, gradients: float, optimizer: float
 ) -> None:
     """ZeRO's figure 1: 16 bytes a parameter in mixed precision, K = 12 of them the optimizer's."""
-    found = states(Setup(stage=stage, world=world, bf16=True))
+    found = states(planned(stage=stage, world=world, bf16=True))
     assert found == pytest.approx({"weights": weights, "gradients": gradients, "optimizer": optimizer})
 
 
 def test_offload_moves_states_to_the_host() -> None:
-    device = states(Setup(stage=3, world=2, bf16=True, offload="all"))
+    device = states(planned(stage=3, world=2, bf16=True, offload="all"))
     assert device == {}
-    optimizer_only = states(Setup(stage=2, world=2, bf16=True, offload="optimizer"))
+    optimizer_only = states(planned(stage=2, world=2, bf16=True, offload="optimizer"))
     assert optimizer_only == pytest.approx({"weights": 2})
-    host = [item for item in model_states(BILLION, Setup(stage=3, world=2, bf16=True, offload="all")) if item.on_host]
+    host = standing_states(BILLION, planned(stage=3, world=2, bf16=True, offload="all"))
     # fp32 weights and two moments, bf16 weights and gradients, the fp32 gradient
-    assert sum(item.bytes for item in host) == pytest.approx((12 + 2 + 2 + 4) / 2 * 1e9)
+    assert total(host, on_host=True) == pytest.approx((12 + 2 + 2 + 4) / 2 * 1e9)
 
 
 def test_buckets_are_those_of_the_configurations() -> None:
     for stage in (2, 3):
-        exchange, _ = gradient_parts(BILLION, Setup(stage=stage, world=2, bf16=True))
-        buckets = [*exchange, *model_states(BILLION, Setup(stage=stage, world=2, bf16=True))]
-        assert sum(item.bytes for item in buckets if item.name == "communication") == 3 * 2 * BUCKET
+        run = planned(stage=stage, world=2, bf16=True)
+        buckets = [*gradient_exchange(BILLION, run), *standing_states(BILLION, run)]
+        assert total(item for item in buckets if item.purpose == "communication") == 3 * 2 * 50_000_000
 
 
 @pytest.mark.parametrize(
@@ -116,23 +95,28 @@ def test_buckets_are_those_of_the_configurations() -> None:
     ],
 )
 def test_measured_runs_use_the_settings_of_the_repository(
-    name: str, stage: int, offload: str, cpu: bool, bf16: bool
+    name: str, stage: int, offload: str, cpu: bool, bf16: bool, tmp_path: Path
 ) -> None:
     settings = json.loads((REPOSITORY / "configs" / "deepspeed" / f"{name}.json").read_text("utf-8"))
     if cpu:
         settings["bf16"] = {"enabled": False}  # "auto" there
-    assert deepspeed_settings(Setup(stage=stage, offload=offload, cpu=cpu, bf16=bf16)) == settings
+    run = planned(stage=stage, offload=offload, cpu=cpu, bf16=bf16, world=2)
+    write_launch_files(tmp_path, run)
+    assert json.loads((tmp_path / "deepspeed.json").read_text("utf-8")) == settings
+    launch = yaml.safe_load((tmp_path / "accelerate.yaml").read_text("utf-8"))
+    assert launch["deepspeed_config"].pop("deepspeed_config_file") == str(tmp_path / "deepspeed.json")
+    named = REPOSITORY / "configs" / "accelerate" / f"{configuration_name(stage, offload, cpu, world=2)}.yaml"
+    expected = yaml.safe_load(named.read_text("utf-8")) | {"num_processes": 2}
+    assert expected["deepspeed_config"].pop("deepspeed_config_file") == f"configs/deepspeed/{name}.json"
+    assert launch == expected
 
 
 def test_reference_modes() -> None:
     """A frozen fp32 copy, ZeRO's share of it, nothing."""
 
     def held(**options: Any) -> tuple[float, float]:
-        parts = reference_parts(BILLION, Setup(world=4, **options))
-        return tuple(
-            sum(item.bytes for item in parts if item.on_host == host) / 1e9  # type: ignore[return-value]
-            for host in (False, True)
-        )
+        weights = reference_weights(BILLION, planned(world=4, **options))
+        return total(weights, on_host=False) / 1e9, total(weights, on_host=True) / 1e9
 
     assert held(reference="live") == (4, 0)
     assert held(reference="live", stage=2, bf16=True) == (2, 0)
@@ -144,13 +128,13 @@ def test_reference_modes() -> None:
 
 def test_logits_head_by_hand() -> None:
     """2 pairs of 2 x 100 tokens over 1000 words: 400 rows of 1000 in fp32; of 10^5 such rows no more than a chunk."""
-    assert head_part(BILLION, Setup(pairs=2, length=100)).bytes == 400 * 1000 * 4
-    assert head_part(BILLION, Setup(pairs=2, length=100, prompt_share=0.5)).bytes == 200 * 1000 * 4
-    assert head_part(BILLION, Setup(pairs=500, length=100)).bytes == CHUNK_ELEMENTS * 4
+    assert total(head_logits(BILLION, planned(pairs=2, length=100))) == 400 * 1000 * 4
+    assert total(head_logits(BILLION, planned(pairs=2, length=100, prompt_share=0.5))) == 200 * 1000 * 4
+    assert total(head_logits(BILLION, planned(pairs=500, length=100))) == CHUNK_ELEMENTS * 4
 
 
 def test_blocks_are_sorted_by_size() -> None:
-    assert part("weights", [LARGE, LARGE - 1, 1], times=2)[1:3] == (2 * LARGE, 2 * LARGE)
+    assert allocate("weights", [LARGE, LARGE - 1, 1], times=2)[1:3] == (2 * LARGE, 2 * LARGE)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -185,18 +169,18 @@ def test_raw_weights_are_read_by_their_shapes(tmp_path: Path) -> None:
     assert (shape.parameters, shape.stored) == (tuple(p.numel() for p in model.parameters()), 2)
 
 
-def kept_by_autograd(model: PreTrainedModel, setup: Setup, autocast: bool) -> int:
+def kept_by_autograd(model: PreTrainedModel, run: RunShape, autocast: bool) -> int:
     """Bytes of the tensors that a forward pass over a packed batch keeps for the backward pass, weights left out."""
     generator = torch.Generator().manual_seed(0)
     rows = [
         random_row(
             generator,
-            prefix=setup.prefix,
-            chosen=setup.length - setup.prefix,
-            rejected=setup.length - setup.prefix,
+            prefix=run.prefix,
+            chosen=run.length - run.prefix,
+            rejected=run.length - run.prefix,
             mask="final_turn",
         )
-        for _ in range(setup.pairs)
+        for _ in range(run.pairs)
     ]
     scorer = PairScorer(model.train())
     assert choose_layout(scorer, "pairs", torch.device("cpu")) is PACKED
@@ -221,12 +205,11 @@ def kept_by_autograd(model: PreTrainedModel, setup: Setup, autocast: bool) -> in
 @pytest.mark.parametrize("lora_r", [None, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_activations_are_what_autograd_keeps(kind: str, lora_r: int | None, autocast: bool) -> None:
-    setup = Setup(pairs=2, length=120, prompt_share=0.25, bf16=autocast, cpu=True)
+    run = planned(pairs=2, length=120, prompt_share=0.25, bf16=autocast, cpu=True)
     model = tiny_model(kind)
     shape = shape_of(model, lora_r=lora_r)
-    found = kept_by_autograd(model, setup, autocast)
-    kept = activation_parts(shape, setup)[0].bytes  # without the backward pass's own, and without rounded weights
-    kept += 4 * setup.counted * shape.vocab + softmax_part(shape, setup).bytes
+    found = kept_by_autograd(model, run, autocast)
+    kept = total(kept_activations(shape, run) + kept_softmax(shape, run)) + 4 * run.scored * shape.vocab
     # a mixture of experts rounds more often under autocast than is counted
     assert kept == pytest.approx(found, rel=0.2 if shape.routed and autocast else 0.1)
 
@@ -236,7 +219,8 @@ def test_activations_are_what_autograd_keeps(kind: str, lora_r: int | None, auto
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_more_ranks_never_need_more_each(stage: int, reference: str, cpu: bool) -> None:
     totals = [
-        predict(BILLION, Setup(stage=stage, world=world, reference=reference, cpu=cpu), 0) for world in (1, 2, 4, 8, 64)
+        predict(BILLION, planned(stage=stage, world=world, reference=reference, cpu=cpu), 0)
+        for world in (1, 2, 4, 8, 64)
     ]
     for where in (0, 1):
         sizes = [memory[where].total for memory in totals]
@@ -245,7 +229,7 @@ def test_more_ranks_never_need_more_each(stage: int, reference: str, cpu: bool) 
 
 @pytest.mark.parametrize("cpu", [False, True])
 def test_more_work_needs_more(cpu: bool) -> None:
-    small = Setup(pairs=64, length=512, cpu=cpu, prompt_share=0.5)
+    small = planned(pairs=64, length=512, cpu=cpu, prompt_share=0.5)
     base = predict(BILLION, small, 0)[0].total
     for change in ({"pairs": 128}, {"length": 1024}, {"prompt_share": 0.0}, {"reference": "live"}):
         assert predict(BILLION, replace(small, **change), 0)[0].total > base  # type: ignore[arg-type]
@@ -253,9 +237,9 @@ def test_more_work_needs_more(cpu: bool) -> None:
 
 
 def test_parts_add_up_and_name_their_phase() -> None:
-    device, host = predict(BILLION, Setup(stage=2, world=2, offload="optimizer", bf16=True), 5e8, 1e8)
-    assert device.total == sum(device.parts.values()) and device.parts["process"] == 1e8
-    assert device.phase != "loading" and host.parts["optimizer"] == 6e9
+    device, host = predict(BILLION, planned(stage=2, world=2, offload="optimizer", bf16=True), 5e8, 1e8)
+    assert device.total == sum(device.bytes_by_purpose.values()) and device.bytes_by_purpose["process"] == 1e8
+    assert device.phase != "loading" and host.bytes_by_purpose["optimizer"] == 6e9
 
 
 @pytest.fixture
@@ -309,7 +293,7 @@ def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
 def test_all_configurations_are_compared(
     model_config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(planning, "process_bytes", lambda: 2.0**29)
+    monkeypatch.setattr(comparison, "process_bytes", lambda: 2.0**29)
     flags = [
         "plan",
         "--model_name_or_path",
@@ -344,7 +328,7 @@ def test_all_configurations_are_compared(
         assert (REPOSITORY / "configs" / "accelerate" / f"{plan['name']}.yaml").is_file()
         assert set(plan) == {"name", "reference", "fits", "device", "host", "host_node_gib"}
         assert plan["reference"] == ("live" if plan["name"] == "multi_gpu" else "cache")  # the larger of auto's choices
-        assert set(plan["device"]["parts_gib"]) == set(planning.PARTS)
+        assert set(plan["device"]["parts_gib"]) == set(PURPOSES)
         assert plan["fits"] is True
     assert report["recommended"] == "multi_gpu"
     assert cli(flags) == 0 and "recommended: multi_gpu" in capsys.readouterr().out

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from minimind_dpo.errors import TrainingError
 from minimind_dpo.models.loading import locate_model
-from minimind_dpo.planning.memory import BUCKET, PERSISTENT, Setup
+from minimind_dpo.planning.configurations import configuration_name, read_accelerate, read_deepspeed
+from minimind_dpo.planning.run_shape import RunShape
 from minimind_dpo.planning.shape import read_config
 
 STEPS = 2
@@ -35,7 +36,7 @@ def process_bytes() -> float:
     """Resident bytes of a process that has the whole stack at work on a model of no size."""
     with tempfile.TemporaryDirectory(prefix="minimind-dpo-plan-") as name:
         directory = Path(name)
-        write_inputs(directory, Setup(pairs=1, length=16))
+        write_inputs(directory, RunShape(pairs=1, length=16))
         model = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=16,
@@ -55,13 +56,13 @@ def process_bytes() -> float:
             [sys.executable, "-c", code],
             directory,
             str(directory / "model"),
-            Setup(pairs=1, length=16),
+            RunShape(pairs=1, length=16),
             [],
             CUDA_VISIBLE_DEVICES="",
         )
 
 
-def measure(source: str, setup: Setup, num_attention_heads: int | None, lora_r: int | None) -> float:
+def measure(source: str, run: RunShape, num_attention_heads: int | None, lora_r: int | None) -> float:
     """The peak of two real optimizer steps, bytes: of the rank that needs most, on its device.
 
     Pairs of the planned length, a tokenizer for them and, where `source` is only a configuration, random weights are
@@ -72,8 +73,8 @@ def measure(source: str, setup: Setup, num_attention_heads: int | None, lora_r: 
     """
     with tempfile.TemporaryDirectory(prefix="minimind-dpo-plan-") as name:
         directory = Path(name)
-        write_inputs(directory, setup)
-        write_launch_files(directory, setup)
+        write_inputs(directory, run)
+        write_launch_files(directory, run)
         if _lacks_weights(source):
             config, _ = read_config(source)
             AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory / "model")
@@ -91,7 +92,7 @@ def measure(source: str, setup: Setup, num_attention_heads: int | None, lora_r: 
             "-m",
             "minimind_dpo.train",
         ]
-        return _run(launch, directory, source, setup, flags)
+        return _run(launch, directory, source, run, flags)
 
 
 def _lacks_weights(source: str) -> bool:
@@ -103,7 +104,9 @@ def _lacks_weights(source: str) -> bool:
     )
 
 
-def _run(command: list[str], directory: Path, source: str, setup: Setup, flags: list[str], **environment: str) -> float:
+def _run(
+    command: list[str], directory: Path, source: str, run: RunShape, flags: list[str], **environment: str
+) -> float:
     """Train two steps on what lies in `directory`; the summary's peak in bytes."""
     settings: dict[str, Any] = {
         "model_name_or_path": source,
@@ -113,10 +116,10 @@ def _run(command: list[str], directory: Path, source: str, setup: Setup, flags: 
         "max_steps": STEPS,
         "save_steps": 0,
         "resume": "never",
-        "max_length": setup.length,
-        "per_device_train_batch_size": setup.pairs,
-        "reference": setup.reference,
-        "gradient_checkpointing": str(setup.checkpointing).lower(),
+        "max_length": run.length,
+        "per_device_train_batch_size": run.pairs,
+        "reference": run.reference,
+        "gradient_checkpointing": str(run.checkpointing).lower(),
         "learning_rate": 1e-6,
     }
     flags = [*flags, *(str(word) for name, value in settings.items() for word in (f"--{name}", value))]
@@ -132,7 +135,7 @@ def _run(command: list[str], directory: Path, source: str, setup: Setup, flags: 
     return json.loads((directory / "run" / "summary.json").read_text("utf-8"))["peak_memory_gib"] * 2**30
 
 
-def write_inputs(directory: Path, setup: Setup) -> None:
+def write_inputs(directory: Path, run: RunShape) -> None:
     """A tokenizer of nine words and pairs whose two sides have `length` tokens, `prompt_share` of them in common."""
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(_SPECIAL)}, unk_token=_SPECIAL[0]))
     backend.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
@@ -147,59 +150,24 @@ def write_inputs(directory: Path, setup: Setup) -> None:
     )
     tokenizer.chat_template = _TEMPLATE
     tokenizer.save_pretrained(directory / "tokenizer")
-    question = " ".join(["a"] * max(1, setup.prefix - 8))  # the template adds 8 tokens before the answer
+    question = " ".join(["a"] * max(1, run.prefix - 8))  # the template adds 8 tokens before the answer
     row = {
-        side: [{"role": "user", "content": question}, {"role": "assistant", "content": " ".join([word] * setup.length)}]
+        side: [{"role": "user", "content": question}, {"role": "assistant", "content": " ".join([word] * run.length)}]
         for side, word in (("chosen", "b"), ("rejected", "c"))
     }
     line = json.dumps(row, ensure_ascii=False) + "\n"
-    (directory / "pairs.jsonl").write_text(line * (STEPS * setup.pairs * setup.world), "utf-8")
+    (directory / "pairs.jsonl").write_text(line * (STEPS * run.pairs * run.world), "utf-8")
 
 
-def write_launch_files(directory: Path, setup: Setup) -> None:
-    """accelerate's and DeepSpeed's files of the setup, as configs/ has them."""
-    precision = "bf16" if setup.bf16 else "no"
-    launch: dict[str, Any] = {
-        "compute_environment": "LOCAL_MACHINE",
-        "num_machines": 1,
-        "machine_rank": 0,
-        "num_processes": setup.world,
-    }
-    if setup.cpu:
-        launch["use_cpu"] = True
-    if setup.stage:
-        launch |= {
-            "distributed_type": "DEEPSPEED",
-            "deepspeed_config": {
-                "deepspeed_config_file": str(directory / "deepspeed.json"),
-                "zero3_init_flag": setup.stage == 3,
-            },
-        }
-        (directory / "deepspeed.json").write_text(json.dumps(deepspeed_settings(setup)), "utf-8")
+def write_launch_files(directory: Path, run: RunShape) -> None:
+    """accelerate's and DeepSpeed's files of the nearest configuration, for the run's ranks and precision."""
+    launch = read_accelerate(configuration_name(run.stage, run.zero.offload, run.cpu, run.world))
+    launch["num_processes"] = run.world
+    if run.stage:
+        path = directory / "deepspeed.json"
+        settings = read_deepspeed(run.stage, run.zero.offload, run.cpu) | {"bf16": {"enabled": run.bf16}}
+        path.write_text(json.dumps(settings), "utf-8")
+        launch["deepspeed_config"]["deepspeed_config_file"] = str(path)
     else:
-        launch |= {"distributed_type": "MULTI_GPU" if setup.world > 1 else "NO", "mixed_precision": precision}
+        launch["mixed_precision"] = "bf16" if run.bf16 else "no"
     (directory / "accelerate.yaml").write_text(yaml.safe_dump(launch), "utf-8")
-
-
-def deepspeed_settings(setup: Setup) -> dict[str, Any]:
-    """DeepSpeed's JSON of a setup, equal to the file of that name in configs/deepspeed."""
-    zero: dict[str, Any] = {"stage": setup.stage}
-    if setup.stage > 1 and not setup.cpu:
-        zero["overlap_comm"] = True
-    zero["reduce_bucket_size"] = BUCKET
-    if setup.stage == 3:
-        zero |= {
-            "stage3_prefetch_bucket_size": BUCKET,
-            "stage3_param_persistence_threshold": 0 if setup.cpu else PERSISTENT,
-        }
-    else:
-        zero["allgather_bucket_size"] = BUCKET
-    where = {"device": "cpu", "pin_memory": not setup.cpu}
-    if setup.offload != "none":
-        zero["offload_optimizer"] = dict(where)
-    if setup.offload == "all":
-        zero["offload_param"] = dict(where)
-    settings: dict[str, Any] = {"zero_optimization": zero, "bf16": {"enabled": setup.bf16}}
-    if setup.offload != "none":
-        settings["zero_force_ds_cpu_optimizer"] = False
-    return settings

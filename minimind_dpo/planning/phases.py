@@ -1,184 +1,125 @@
-"""The phases of a run, what is alive in each, and the peak that follows on the device and on the host."""
+"""The phases of a run and what is alive in each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-
-from minimind_dpo.engine.cpu import LARGE
-from minimind_dpo.planning.memory import (
-    BUCKET,
-    Part,
-    Setup,
-    activation_parts,
-    gathered_weights,
-    gradient_parts,
-    head_part,
-    model_states,
-    part,
-    reference_parts,
-    softmax_part,
+from minimind_dpo.planning.activations import (
+    head_logits,
+    kept_activations,
+    kept_softmax,
+    rounded_weights,
+    working_activations,
 )
+from minimind_dpo.planning.allocation import Allocation, allocate
+from minimind_dpo.planning.run_shape import RunShape
 from minimind_dpo.planning.shape import ModelShape
-
-PARTS = (
-    "process",
-    "weights",
-    "gradients",
-    "optimizer",
-    "reference",
-    "activations",
-    "softmax",
-    "logits head",
-    "communication",
-    "allocator",
+from minimind_dpo.planning.states import (
+    ddp_buckets,
+    fp32_gradients,
+    gathered_weights,
+    gradient_norm,
+    gradient_partition,
+    offload_buffers,
+    optimizer_states,
+    overlapped_buckets,
+    reduce_buckets,
+    reference_weights,
+    weights,
+    whole_gradients,
 )
 
-# Measured on models of 26M to 135M parameters (docs/planning.md). In the first step the activations fill the heap
-# without holes; then moments, gradients or buckets of other sizes settle in what is freed, and of the second step's
-# activations about a third no longer fits in between. LoRA leaves holes in the first forward pass already: each small
-# [tokens, r] tensor that is kept lands in the freed output of a layer, which then is too small for the next output.
-HOLES, LORA_HOLES = 1 / 3, 0.8
-LORA_GATHERS = 1.5  # stage 3 gathers every weight for a reference pass and for the policy's; 1 to 2 times them stays
-GLOO_THREADS = 2  # that exchange tensors, each with a heap of its own in which the largest copy stays
+LOADING = "loading"
 
 
-@dataclass(frozen=True)
-class Memory:
-    """The predicted peak of one memory for one rank.
-
-    Attributes:
-        phase: when it is reached.
-        parts: bytes by the names of `PARTS`.
-    """
-
-    phase: str
-    parts: dict[str, float]
-
-    @property
-    def total(self) -> float:
-        """Bytes of all parts."""
-        return sum(self.parts.values())
-
-
-def phases(shape: ModelShape, setup: Setup) -> dict[str, list[Part]]:
-    """What is alive in each phase of a run's second optimizer step, and while it is loaded."""
-    states = model_states(shape, setup) + reference_parts(shape, setup)
-    gathered = gathered_weights(shape, setup)
-    exchange, step = gradient_parts(shape, setup)
-    activations = activation_parts(shape, setup)
-    # the bucket is full, and exchanged, when this share of the backward pass still lies ahead
-    trained = sum(shape.trained)
-    ahead = max(0.0, 1 - BUCKET / trained) if setup.stage else 0.0
-    kept = [*activations, softmax_part(shape, setup)]
-    left = [Part(item.name, item.small * ahead, item.large * ahead) for item in kept]
+def phases(shape: ModelShape, run: RunShape) -> dict[str, list[Allocation]]:
+    """What is alive while a run is loaded, and in each phase of its second optimizer step."""
+    states = standing_states(shape, run) + reference_weights(shape, run)
+    gathered = gathered_weights(shape, run)
+    exchange = gradient_exchange(shape, run)
+    saved = kept_activations(shape, run) + kept_softmax(shape, run)
+    working = working_activations(shape, run) + rounded_weights(shape, run)
+    logits = head_logits(shape, run)
     # DeepSpeed makes its buckets at the first gradient; on the CPU they become memory as they are written to
-    buckets = [] if setup.cpu else [item for item in exchange if item.name == "communication"]
-    scoring = activations[1:] + [head_part(shape, setup)]
+    buckets = [] if run.cpu else [item for item in exchange if item.purpose == "communication"]
+    # the bucket is full, and exchanged, when this share of the backward pass still lies ahead
+    ahead = max(0.0, 1 - run.zero.reduce_bucket_size / sum(shape.trained)) if run.stage else 0.0
     return {
-        "loading": loading_parts(shape, setup),
-        "reference forward": states + gathered + scoring,
-        "start of backward": states + gathered + kept + buckets + [head_part(shape, setup)],
-        "gradient exchange": states + gathered + left + exchange,
-        "optimizer step": states + step,
+        LOADING: loading(shape, run),
+        "reference forward": states + gathered + working + logits,
+        "start of backward": states + gathered + saved + working + buckets + logits,
+        "gradient exchange": states + gathered + [item.scaled(ahead) for item in saved + working] + exchange,
+        "optimizer step": states + optimizer_step(shape, run),
     }
 
 
-def loading_parts(shape: ModelShape, setup: Setup) -> list[Part]:
-    """The model in fp32, a copy for the reference and the engine's flat one.
+def standing_states(shape: ModelShape, run: RunShape) -> list[Allocation]:
+    """What exists as long as the engine: model states, and the buffers that it makes once."""
+    states = weights(shape, run) + optimizer_states(shape, run) + ddp_buckets(shape, run) + offload_buffers(shape, run)
+    if run.stage == 3:
+        states += gradient_partition(shape, run) + reduce_buckets(shape, run, 1)
+    return states + (fp32_gradients(shape, run) if run.offloads else [])
 
-    On the CPU the weights file is mapped beside them; a file that already is in fp32 stays the model. Beside GPUs its
-    pages are not counted: the system shares them between ranks and drops them when it needs room.
+
+def gradient_exchange(shape: ModelShape, run: RunShape) -> list[Allocation]:
+    """Gradients and buckets while a bucket is exchanged: the filled ones and a flat copy, in stage 3 two copies."""
+    if run.stage == 3:
+        return reduce_buckets(shape, run, 2)
+    filled = overlapped_buckets(run)
+    return reduce_buckets(shape, run, filled + 1) + gradient_partition(shape, run) + whole_gradients(shape, run)
+
+
+def optimizer_step(shape: ModelShape, run: RunShape) -> list[Allocation]:
+    """Gradients and buckets while the optimizer steps."""
+    if run.stage == 0:
+        return whole_gradients(shape, run)
+    step = gradient_norm(shape, run) + ([] if run.offloads else fp32_gradients(shape, run))
+    if run.stage < 3:
+        step += reduce_buckets(shape, run, overlapped_buckets(run)) + gradient_partition(shape, run)
+    return step
+
+
+def loading(shape: ModelShape, run: RunShape) -> list[Allocation]:
+    """The weights' file, the model that is read from it, its copy for the reference and the engine's flat one."""
+    return weights_file(shape, run) + loaded_model(shape, run) + loaded_reference(shape, run) + flat_copy(shape, run)
+
+
+def weights_file(shape: ModelShape, run: RunShape) -> list[Allocation]:
+    """What of the file is in the host's memory.
+
+    CPU: s P, the mapped file, s bytes an element (2 or 4)        GPU: the fp32 model on its way, 4 P, or in stage 3
+    4 x largest weight
+
+    Beside GPUs the file's own pages are not counted: the system shares them between ranks and drops them when it needs
+    room.
     """
-    largest = part("weights", [4 * max(shape.parameters)])
-    whole = part("weights", (4 * size for size in shape.parameters))
-    copies = [Part("reference", whole.small, whole.large)] if setup.reference in ("live", "offload") else []
-    if setup.stage == 3:
-        share = part("weights", (setup.element * size / setup.world for size in shape.parameters))
-        loaded = [share, largest, *(Part("reference", share.small, share.large) for _ in copies)]
-    else:
-        fresh = setup.stage > 0 and setup.element == 4 or setup.world > 1 and setup.cpu
-        flat = [part("weights", [4 * sum(shape.trained)])] if fresh else []
-        loaded = [*([] if setup.cpu and shape.stored == 4 else [whole]), *copies, *flat]
-    if setup.cpu:
-        return [part("weights", [shape.stored * shape.total]), *loaded]
-    return [*loaded, (largest if setup.stage == 3 else whole)._replace(on_host=True)]
+    if run.cpu:
+        return [allocate("weights", [shape.stored * shape.total])]
+    if run.stage == 3:
+        return [allocate("weights", [4 * max(shape.parameters)], on_host=True)]
+    return [allocate("weights", (4 * size for size in shape.parameters), on_host=True)]
 
 
-def predict(shape: ModelShape, setup: Setup, process: float, device_process: float = 0.0) -> tuple[Memory, Memory]:
-    """The peak of one rank on the device and on the host, bytes; on the CPU both are the host's.
+def loaded_model(shape: ModelShape, run: RunShape) -> list[Allocation]:
+    """The model in fp32: 4 P; stage 3: a share e P / N and one weight whole, 4 x largest.
 
-    Args:
-        shape: of the model.
-        setup: what is planned.
-        process: resident bytes of a Python process that has the stack at work on a tiny model.
-        device_process: what the device's own runtime takes.
+    A file that is mapped and in fp32 already stays the model.
     """
-    alive = phases(shape, setup)
-    if setup.cpu:
-        memory = _cpu_peak(shape, setup, alive, process)
-        return memory, memory
-    device = _peak(alive, on_host=False, process=device_process)
-    return device, _peak(alive, on_host=True, process=process)
+    if run.stage == 3:
+        share = allocate("weights", (run.weight_bytes * size / run.world for size in shape.parameters))
+        return [share, allocate("weights", [4 * max(shape.parameters)])]
+    if run.cpu and shape.stored == 4:
+        return []
+    return [allocate("weights", (4 * size for size in shape.parameters))]
 
 
-def _sums(parts: Iterable[Part]) -> dict[str, float]:
-    sums = dict.fromkeys(PARTS, 0.0)
-    for item in parts:
-        sums[item.name] += item.bytes
-    return sums
+def loaded_reference(shape: ModelShape, run: RunShape) -> list[Allocation]:
+    """The reference's copy of the model: live, offload: 4 P, in stage 3 e P / N        cache, adapter: none."""
+    if run.reference not in ("live", "offload"):
+        return []
+    size_bytes = run.weight_bytes / run.world if run.stage == 3 else 4
+    return [allocate("reference", (size_bytes * size for size in shape.parameters))]
 
 
-def _peak(alive: dict[str, list[Part]], on_host: bool, process: float) -> Memory:
-    """The largest phase, counting what is alive: what torch's CUDA allocator reports as allocated."""
-
-    def size(phase: str) -> float:
-        return sum(item.bytes for item in alive[phase] if item.on_host == on_host)
-
-    phase = max(alive, key=size)
-    parts = _sums(item for item in alive[phase] if item.on_host == on_host)
-    return Memory(phase, parts | {"process": process})
-
-
-def _cpu_peak(shape: ModelShape, setup: Setup, alive: dict[str, list[Part]], process: float) -> Memory:
-    """The resident peak under glibc.
-
-    Blocks below `LARGE` come from a heap that keeps its high-water mark, larger ones are given back when freed. So the
-    largest small memory of any phase and the largest large memory of any phase add up.
-    """
-    running = {name: parts for name, parts in alive.items() if name != "loading"}
-    small = max(running, key=lambda name: sum(item.small for item in running[name]))
-    large = max(running, key=lambda name: sum(item.large for item in running[name]))
-    phase = max(running, key=lambda name: sum(item.bytes for item in running[name]))
-    own = _sums(running[phase])
-    together = sum(item.small for item in running[small]) + sum(item.large for item in running[large])
-    own["allocator"] = together - sum(own.values()) + fragmentation(shape, setup, running[small])
-    own["process"] = process
-    peak = Memory(phase, own)
-    load = Memory("loading", _sums(alive["loading"]) | {"process": process})
-    return max(peak, load, key=lambda memory: memory.total)
-
-
-def fragmentation(shape: ModelShape, setup: Setup, heap: list[Part]) -> float:
-    """Bytes of holes in the heap that the second step's tensors do not fit into.
-
-    Args:
-        shape: of the model.
-        setup: what is planned.
-        heap: the phase with the largest small memory.
-    """
-    activations = [item for item in heap if item.name == "activations"]
-    holes = HOLES * sum(item.small for item in activations)
-    if shape.adapters:  # blocks of any size: a large one also settles in a hole that it fits into
-        holes = LORA_HOLES * sum(item.bytes for item in activations)
-    weights = part("weights", (setup.element * size for size in shape.parameters)).small
-    if setup.stage == 3:
-        holes += GLOO_THREADS * min(LARGE, setup.element * max(shape.parameters))
-        if shape.adapters:  # LoRA's small tensors also land between frozen weights that are gathered and freed
-            holes += LORA_GATHERS * weights
-    # a reference that is divided passes whole through the heap first, and its shares stay in between
-    if setup.stage == 3 and setup.reference in ("live", "offload"):
-        holes += weights
-    elif setup.stage and setup.reference == "offload":
-        holes += weights * (1 - 1 / setup.world)
-    return holes
+def flat_copy(shape: ModelShape, run: RunShape) -> list[Allocation]:
+    """A flat copy of trained weights while they are laid out, 4 T: stages 1 and 2 in fp32, and DDP over gloo."""
+    made = run.stage in (1, 2) and run.weight_bytes == 4 or run.stage == 0 and run.world > 1 and run.cpu
+    return [allocate("weights", [4 * sum(shape.trained)])] if made else []

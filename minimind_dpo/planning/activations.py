@@ -1,0 +1,149 @@
+"""What autograd keeps of a packed batch, and the short-lived tensors beside it: one function a term, bytes.
+
+In the formulas h is the hidden size, q and k the rows of all query and of all key heads, f the inner size of a
+feed-forward block, c the bytes of an element that a linear layer puts out (`RunShape.output_bytes`). The terms are the
+tensors that `models/fast/nodes.py`, `models/fast/attention.py` and transformers' Llama and Qwen blocks save for the
+backward pass.
+"""
+
+from __future__ import annotations
+
+from minimind_dpo.data.batch import PairSegment
+from minimind_dpo.models.fast.attention_cpu import keeps_weights, query_blocks
+from minimind_dpo.models.fast.head import CHUNK_ELEMENTS
+from minimind_dpo.planning.allocation import Allocation, allocate
+from minimind_dpo.planning.run_shape import RunShape
+from minimind_dpo.planning.shape import ModelShape
+
+
+def keeps_normalised(shape: ModelShape, run: RunShape) -> bool:
+    """Whether a norm keeps its normalised input: for its weight's gradient, unless it is the fused one (fp32 only)."""
+    return not shape.adapters and not (shape.fused and run.weight_bytes == 4)
+
+
+def norm_bytes(shape: ModelShape, run: RunShape) -> float:
+    """A layer's two norms, bytes a token: fp32 inputs, the outputs that linear layers keep, and normalised inputs.
+
+    2 (4 h + c h), and 2 c h where normalised inputs are kept
+    autocast: 2 x 4 h + 5 c h, since each linear layer rounds its input for itself, and 2 x 4 h where they are kept
+    """
+    hidden, inputs = shape.hidden, 2 * 4 * shape.hidden
+    if run.autocast:
+        kept = keeps_normalised(shape, run) or shape.routed > 0
+        return inputs + kept * 2 * 4 * hidden + 5 * run.output_bytes * hidden
+    return inputs + (keeps_normalised(shape, run) + 1) * 2 * run.output_bytes * hidden
+
+
+def attention_bytes(shape: ModelShape, run: RunShape) -> float:
+    """A layer's attention without its softmax, bytes a token: rotated queries, keys, values and the outputs.
+
+    a (q + 2 k) + c q, where a is 4 on the CPU, which attends in fp32, else c
+    normed heads: also 4 (q + k), and c (q + k) where normalised inputs are kept
+    GPU: also 4 a query head, and the keys and values gathered for one call: 2 c k (1 + prefix share of the tokens)
+    """
+    queries, keys, size = shape.query, shape.key_value, run.output_bytes
+    kept: float = (4 if run.cpu else size) * (queries + 2 * keys) + size * queries
+    if shape.normed_heads:
+        kept += (4 + keeps_normalised(shape, run) * size) * (queries + keys)
+    if not run.cpu:
+        kept += 4 * shape.heads + size * 2 * keys * (1 + run.prefix * run.pairs / run.tokens)
+    return kept
+
+
+def feed_forward_bytes(shape: ModelShape, run: RunShape) -> float:
+    """A layer's feed-forward blocks, bytes a token.
+
+    c f (3 gated and fused: gate, the other branch, their product; 4 gated: also the activation; 2 without a gate)
+    an expert that a token is sent to: also 3 c h
+    """
+    inner = inner_tensors(shape) * shape.intermediate
+    return run.output_bytes * (shape.dense_blocks * inner + shape.routed * (inner + 3 * shape.hidden))
+
+
+def inner_tensors(shape: ModelShape) -> int:
+    """Tensors of the inner size that a feed-forward block keeps."""
+    return 4 - shape.fused if shape.gated else 2
+
+
+def lora_bytes(shape: ModelShape, run: RunShape) -> float:
+    """A layer's LoRA matrices, bytes a token: c r for each pair of them."""
+    return run.output_bytes * shape.lora_r * len(shape.adapters) / 2 / shape.layers
+
+
+def layer_bytes(shape: ModelShape, run: RunShape, rows: int | None = None) -> float:
+    """What one decoder layer keeps: tokens (norms + attention + LoRA) + rows x feed-forward.
+
+    Args:
+        shape: of the model.
+        run: of the run.
+        rows: tokens that the feed-forward block works on; all unless given.
+    """
+    tokens = run.tokens
+    token_bytes = norm_bytes(shape, run) + attention_bytes(shape, run) + lora_bytes(shape, run)
+    return tokens * token_bytes + (tokens if rows is None else rows) * feed_forward_bytes(shape, run)
+
+
+def decoder_bytes(shape: ModelShape, run: RunShape) -> float:
+    """What all layers keep, and the last norm's input with four tensors of the states that are scored.
+
+    layers x layer + h (4 tokens + 4 c scored); the last layer's feed-forward block works on scored tokens only
+    checkpointing: layers x tokens c h (fp32 under autocast), and one layer that is computed again
+    """
+    tokens, layer = run.tokens, layer_bytes(shape, run)
+    scored = min(tokens, run.scored)
+    last = layer if shape.routed else layer_bytes(shape, run, scored)
+    inputs = (4 if run.autocast else run.output_bytes) * tokens * shape.hidden
+    layers = shape.layers * inputs + layer if run.checkpointing else (shape.layers - 1) * layer + last
+    return layers + (4 * tokens + 4 * run.output_bytes * scored) * shape.hidden
+
+
+def mapped_bytes(shape: ModelShape, run: RunShape) -> float:
+    """What of `decoder_bytes` lies in mapped blocks: the inner tensors of feed-forward blocks where these are so large.
+
+    (layers - 1) x 3 or 4 x tokens c f
+    """
+    widest = run.output_bytes * run.tokens * max(shape.intermediate * max(shape.dense_blocks, 1), shape.hidden)
+    if run.checkpointing or not allocate("activations", [widest]).mapped:
+        return 0
+    return (shape.layers - 1) * (4 - shape.fused) * widest
+
+
+def kept_activations(shape: ModelShape, run: RunShape) -> list[Allocation]:
+    """What autograd keeps when the forward pass ends, without attention's softmax and the output layer."""
+    mapped = mapped_bytes(shape, run)
+    return [Allocation("activations", max(decoder_bytes(shape, run) - mapped, 0.0), mapped)]
+
+
+def working_activations(shape: ModelShape, run: RunShape) -> list[Allocation]:
+    """The widest tensors that only an operation needs, two of them: 2 x tokens c f."""
+    return [allocate("activations", [run.output_bytes * run.tokens * shape.intermediate], times=2)]
+
+
+def rounded_weights(shape: ModelShape, run: RunShape) -> list[Allocation]:
+    """The bf16 copies of fp32 weights that autocast keeps for a step: 2 P."""
+    return [allocate("activations", (2 * size for size in shape.parameters))] if run.autocast else []
+
+
+def kept_softmax(shape: ModelShape, run: RunShape) -> list[Allocation]:
+    """The softmax of attention in fp32, as far as the CPU keeps it: 4 heads x queries x keys of each block of queries.
+
+    Source: `models/fast/attention_cpu.py`. GPUs keep none; with checkpointing one layer's exists at a time.
+    """
+    if not run.cpu:
+        return []
+    pair = PairSegment(start=0, prefix=run.prefix, chosen=run.branch, rejected=run.branch)
+    blocks = [block for block in query_blocks([pair]) if keeps_weights(block)]
+    layers = 1 if run.checkpointing else shape.layers
+    sizes = (4 * shape.heads * (block.end - block.start) * block.keys for block in blocks)
+    return [allocate("softmax", sizes, times=run.pairs * layers)]
+
+
+def head_logits(shape: ModelShape, run: RunShape) -> list[Allocation]:
+    """The output layer's logits in fp32, which become their softmax and its gradient, and a bf16 copy under bf16.
+
+    4 x min(scored x vocabulary, 2^25), and 2 x the same under bf16
+
+    Source: `models/fast/head.py`, which makes no more of them at a time.
+    """
+    elements = min(run.scored * shape.vocab, CHUNK_ELEMENTS)
+    return [allocate("logits head", [4 * elements, *([2 * elements] if run.bf16 else [])])]

@@ -1,0 +1,111 @@
+"""What one run or each named configuration needs, and whether it fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from minimind_dpo.planning.configurations import configuration_name
+from minimind_dpo.planning.measure import measure, process_bytes
+from minimind_dpo.planning.peak import Peak, predict
+from minimind_dpo.planning.run_shape import RunShape
+from minimind_dpo.planning.shape import ModelShape, read_shape
+
+GIB = 2**30
+SPARE = 1.1  # a configuration fits with a tenth to spare
+CUDA_RUNTIME = 0.5 * GIB  # CUDA's context with the kernels of torch and NCCL; not measured here
+
+
+def compare(
+    source: str,
+    runs: Sequence[RunShape],
+    num_attention_heads: int | None,
+    lora_r: int | None,
+    device_gib: float | None,
+    host_gib: float | None,
+) -> dict[str, Any]:
+    """The report of all runs, in the order in which they are recommended.
+
+    Args:
+        source: the model.
+        runs: of one number of ranks, one batch and one device.
+        num_attention_heads: of MiniMind's raw weights.
+        lora_r: rank of LoRA matrices, None to train every weight.
+        device_gib: memory of a GPU, None for that of this machine's first.
+        host_gib: memory of a machine, None for this one's.
+
+    Raises:
+        UserError: no model is there, or it cannot be read.
+    """
+    disable_progress_bar()  # transformers' own, of shards written
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns on stdout when it has to find out itself
+    shape = read_shape(source, num_attention_heads, lora_r)
+    available = _available(runs[0].cpu, device_gib, host_gib)
+    plans = [_plan(shape, run, available) for run in runs]
+    return {
+        "model": source,
+        "parameters": shape.total,
+        "trained_parameters": sum(shape.trained),
+        "setup": _setup(runs[0]) | {"lora_r": lora_r, "device": "cpu" if runs[0].cpu else "cuda"},
+        "available_gib": available,
+        "plans": plans,
+        "recommended": next((plan["name"] for plan in plans if plan["fits"]), None),
+    }
+
+
+def hold_against_run(
+    report: dict[str, Any], run: RunShape, num_attention_heads: int | None, lora_r: int | None
+) -> dict[str, float]:
+    """The peak of two real optimizer steps beside the report's prediction, GiB, and their ratio.
+
+    Raises:
+        TrainingError: the run failed.
+    """
+    measured = measure(report["model"], run, num_attention_heads, lora_r) / GIB
+    predicted = report["plans"][0]["device"]["total_gib"] - (0 if run.cpu else CUDA_RUNTIME / GIB)
+    return {"predicted_gib": predicted, "measured_gib": measured, "ratio": predicted / measured}
+
+
+def _setup(run: RunShape) -> dict[str, Any]:
+    fields = dataclasses.asdict(run)
+    zero = fields.pop("zero")
+    return fields | {"stage": zero["stage"], "offload": zero["offload"]}
+
+
+def _available(cpu: bool, device: float | None, host: float | None) -> dict[str, float | None]:
+    """GiB of a device and of a machine, as told or as found here; None where nothing tells."""
+    if host is None:
+        host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    if device is None and not cpu and torch.cuda.is_available():
+        device = torch.cuda.mem_get_info(0)[1] / GIB
+    return {"device": host if cpu else device, "host": host}
+
+
+def _plan(shape: ModelShape, run: RunShape, available: dict[str, float | None]) -> dict[str, Any]:
+    """One run's prediction, GiB; `fits` is None where the device's memory is not known."""
+    device, host = predict(shape, run, process_bytes(), CUDA_RUNTIME)
+    node = host.total * run.per_node / GIB
+    fits: bool | None = node * SPARE <= (available["host"] or 0.0)
+    if not run.cpu and available["device"] is None:
+        fits = None if fits else False
+    elif not run.cpu:
+        fits = fits and device.total / GIB * SPARE <= (available["device"] or 0.0)
+    return {
+        "name": configuration_name(run.stage, run.zero.offload, run.cpu, run.world),
+        "reference": run.reference,
+        "fits": fits,
+        "device": _gib(device),
+        "host": _gib(host),
+        "host_node_gib": node,
+    }
+
+
+def _gib(peak: Peak) -> dict[str, Any]:
+    parts = {purpose: size / GIB for purpose, size in peak.bytes_by_purpose.items()}
+    return {"phase": peak.phase, "total_gib": peak.total / GIB, "parts_gib": parts}
