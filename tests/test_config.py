@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 
-from minimind_dpo.config import TrainConfig, load_config, make_config, save_config
+from minimind_dpo.config import TrainConfig, identity, load_config, make_config, save_config
+from minimind_dpo.engine import trackers
 from minimind_dpo.errors import UserError
 
 REQUIRED = ["--model_name_or_path", "m", "--train_data", "a.jsonl"]
@@ -41,7 +43,7 @@ def test_every_problem_at_once(tmp_path: Path) -> None:
         "learning_rte: unknown key; did you mean learning_rate?",
         "--max_lenght: unknown key; did you mean max_length?",
         "beta: expected a number, found 'much'",
-        "label_smoothing: must be below 0.5",
+        "label_smoothing: must be in [0, 0.5)",
         "loss_type: 'sigmod' is none of",
         "shuffle: expected true or false",
         "max_steps: expected a whole",
@@ -62,6 +64,12 @@ def test_every_problem_at_once(tmp_path: Path) -> None:
         ({"seed": True}, "seed: expected a number, found true"),
         ({"train_data": [1]}, "train_data: expected one text"),
         ({"beta": None}, "beta: is empty"),
+        ({"weight_decay": -0.1}, "weight_decay: must be 0 or more, is -0.1"),
+        ({"warmup_ratio": 1.5, "lr_scheduler_type": "cosine"}, r"warmup_ratio: must be in \[0, 1\]"),
+        ({"lora_dropout": 1.0}, r"lora_dropout: must be in \[0, 1\)"),
+        ({"max_grad_norm": float("inf")}, "max_grad_norm: must be 0 or more"),
+        ({"reference": "none"}, "reference: 'none' is none of auto, live"),
+        ({"learning_rte": 1}, "learning_rte: unknown key; did you mean learning_rate"),
     ],
 )
 def test_wrong_values(values: dict[str, object], part: str) -> None:
@@ -78,3 +86,81 @@ def test_saved_config_reads_back(tmp_path: Path) -> None:
 def test_missing_config_file() -> None:
     with pytest.raises(UserError, match="nowhere.yaml: cannot be read"):
         load_config(["--config", "nowhere.yaml"])
+
+
+def test_every_setting_says_whether_a_resume_may_change_it() -> None:
+    assert [
+        setting.name for setting in fields(TrainConfig) if not isinstance(setting.metadata.get("identity"), bool)
+    ] == []
+    assert [setting.name for setting in fields(TrainConfig) if not setting.metadata.get("help")] == []
+
+
+def test_every_number_has_bounds() -> None:
+    """All but `max_steps`, whose negative values mean something."""
+    numbers = [setting for setting in fields(TrainConfig) if "int" in str(setting.type) or "float" in str(setting.type)]
+    assert [setting.name for setting in numbers if setting.metadata["bounds"] is None] == ["max_steps"]
+
+
+def test_defaults_keep_their_own_bounds() -> None:
+    config = make_config({"model_name_or_path": "m", "train_data": "a"})
+    assert make_config(asdict(config)) == config
+
+
+def test_identity_is_what_checkpoints_hold() -> None:
+    """The keys and values that former versions wrote: their checkpoints must resume."""
+    config = make_config({"model_name_or_path": "m", "train_data": "a", "lora_r": 4, "lora_target_modules": "q_proj"})
+    assert identity(config) == {
+        "loss_type": "sigmoid_norm",
+        "beta": 0.1,
+        "label_smoothing": 0.0,
+        "learning_rate": 4e-8,
+        "lr_scheduler_type": "minimind",
+        "warmup_ratio": 0.0,
+        "weight_decay": 0.01,
+        "max_grad_norm": 1.0,
+        "shuffle": True,
+        "seed": 42,
+        "lora_r": 4,
+        "lora_alpha": 16.0,
+        "lora_dropout": 0.0,
+        "lora_target_modules": ["q_proj"],
+    }
+
+
+@pytest.mark.parametrize("told", ["none", None, [], ["none"], "None"])
+def test_none_is_the_empty_list(told: object) -> None:
+    config = make_config({"model_name_or_path": "m", "train_data": "a", "report_to": told, "eval_data": told})
+    assert (config.report_to, config.eval_data) == ([], [])
+
+
+def test_trackers_are_a_list(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("report_to: wandb\n")
+    yaml = ["--config", str(file)]
+    assert load_config(REQUIRED).report_to == []
+    assert load_config([*REQUIRED, *yaml]).report_to == ["wandb"]
+    assert load_config([*REQUIRED, *yaml, "--report_to", "none"]).report_to == []
+    assert load_config([*REQUIRED, *yaml, "--report_to", "tensorboard", "trackio"]).report_to == [
+        "tensorboard",
+        "trackio",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["wnadb"], "report_to: 'wnadb' is no tracker; there are aim, .* wandb, or none"),
+        (["none", "wandb"], "report_to: 'none' is no tracker"),
+        (["absent_one"], r"report_to: absent_one is not installed \(pip install absent-one\)"),
+    ],
+)
+def test_trackers_that_cannot_start(names: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = [*trackers.LoggerType.list(), "absent_one"]
+    monkeypatch.setattr(trackers.LoggerType, "list", lambda: known)
+    with pytest.raises(UserError, match=message):
+        trackers.check_trackers(names)
+
+
+def test_a_tracker_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(trackers.LOGGER_TYPE_TO_CLASS, "mine", object)  # as accelerate's register_tracker_class does
+    trackers.check_trackers(["mine", "wandb"])

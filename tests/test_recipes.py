@@ -41,7 +41,7 @@ MINIMIND2 = {
     "logging_steps": 100,
     "save_steps": 100,
     "save_total_limit": 1,
-    "report_to": "none",
+    "report_to": [],
     "seed": 42,
 }
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from minimind_dpo.config import TrainConfig
 from minimind_dpo.engine.cpu import set_up_cpu
 from minimind_dpo.engine.protocol import Engine
+from minimind_dpo.engine.trackers import check_trackers
 from minimind_dpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,9 +41,11 @@ def start_engine(config: TrainConfig) -> Engine:
     _check_devices()
     engine = _engine_class(uses_deepspeed)
     engine.before_start()
-    trackers = None if config.report_to == "none" else config.report_to
+    check_trackers(config.report_to)
     try:
-        accelerator = Accelerator(kwargs_handlers=[group], log_with=trackers, project_dir=config.output_dir)
+        accelerator = Accelerator(
+            kwargs_handlers=[group], log_with=config.report_to or None, project_dir=config.output_dir
+        )
     except ValueError as error:
         file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "no DeepSpeed file")
         raise UserError(f"accelerate's configuration ({file}): {error}") from None

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from minimind_dpo.checkpoints.directory import load_checkpoint
 from minimind_dpo.checkpoints.state import TrainerState, check_identity, read_state
-from minimind_dpo.config import TrainConfig
+from minimind_dpo.config import TrainConfig, identity
 from minimind_dpo.data.chat import load_tokenizer
 from minimind_dpo.data.order import PairOrder, total_steps
 from minimind_dpo.data.tokenized import TokenizedData, tokenize_files
@@ -36,24 +36,6 @@ from minimind_dpo.training.run import Run
 from minimind_dpo.training.signals import StopRequest
 
 logger = logging.getLogger(__name__)
-
-# what makes two sessions the same run, beside the digests of data and reference
-_IDENTITY = (
-    "loss_type",
-    "beta",
-    "label_smoothing",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_ratio",
-    "weight_decay",
-    "max_grad_norm",
-    "shuffle",
-    "seed",
-    "lora_r",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_target_modules",
-)
 
 
 def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop: StopRequest) -> Run:
@@ -191,13 +173,13 @@ def _state(
     config: TrainConfig, engine: Engine, data: RunData, reference_digest: str, checkpoint: Path | None
 ) -> TrainerState:
     """The state of the run: of its start, or as `checkpoint` left it, if that is this run's."""
-    identity = {name: getattr(config, name) for name in _IDENTITY} | {
+    now = identity(config) | {
         "global_batch": data.order.global_batch,
         "mixed_precision": engine.precision,
         "train_data_digest": data.train.digest,
         "reference_digest": reference_digest,
     }
-    state = TrainerState(total_steps=data.steps, identity=identity)
+    state = TrainerState(total_steps=data.steps, identity=now)
     if checkpoint is None:
         return state
     saved = read_state(checkpoint)

@@ -30,7 +30,7 @@ def start_trackers(config: TrainConfig, engine: Engine, state: TrainerState) -> 
     Raises:
         UserError: a tracker cannot start.
     """
-    names = [] if config.report_to == "none" else [config.report_to]
+    names = config.report_to
     if not names:
         return
     project = os.environ.get("WANDB_PROJECT", "minimind_dpo")

@@ -1,0 +1,27 @@
+"""Every setting of a run: what there is (`settings.py`), how it is told (`reading.py`)."""
+
+from minimind_dpo.config.reading import load_config, make_config, save_config
+from minimind_dpo.config.settings import (
+    BAD_ROW_POLICIES,
+    COMPLETION_MASKS,
+    DTYPES,
+    LOSS_TYPES,
+    LR_SCHEDULER_TYPES,
+    REFERENCES,
+    TrainConfig,
+    identity,
+)
+
+__all__ = [
+    "BAD_ROW_POLICIES",
+    "COMPLETION_MASKS",
+    "DTYPES",
+    "LOSS_TYPES",
+    "LR_SCHEDULER_TYPES",
+    "REFERENCES",
+    "TrainConfig",
+    "identity",
+    "load_config",
+    "make_config",
+    "save_config",
+]

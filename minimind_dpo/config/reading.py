@@ -1,0 +1,202 @@
+"""How a configuration is told: a yaml file, flags that win over it, Python; every problem is reported at once."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from minimind_dpo.config.settings import LOSS_TYPES, SMOOTHED_LOSS_TYPES, TrainConfig
+from minimind_dpo.errors import UserError
+from minimind_dpo.files import write_text
+
+_SETTINGS = {setting.name: setting for setting in fields(TrainConfig)}
+
+
+def load_config(argv: Sequence[str], verb: str = "train") -> TrainConfig:
+    """Build the configuration of `minimind-dpo train`, or another verb with its flags, from its arguments.
+
+    `--config FILE` names a yaml file with the same keys; the command line wins over it.
+
+    Raises:
+        UserError: with every problem found in the file, the flags and the values, one a line.
+    """
+    known, unknown = _parser(verb).parse_known_args(argv)
+    flags = {name: value for name, value in vars(known).items() if value is not None}
+    problems = [
+        f"{flag.split('=')[0]}: {_nearest(flag.lstrip('-').split('=')[0])}" for flag in unknown if flag.startswith("--")
+    ]
+    if not problems and unknown:
+        problems.append(f"{unknown[0]!r}: not a flag (flags are written --name value)")
+    values: dict[str, Any] = {}
+    if "config" in flags:
+        values.update(_read_yaml(flags.pop("config")[0], problems))
+    values.update({name: (flag if _kind(name) == "list" else flag[0]) for name, flag in flags.items()})
+    return make_config(values, problems)
+
+
+def make_config(values: Mapping[str, Any], problems: Sequence[str] = ()) -> TrainConfig:
+    """Convert and check raw values (strings, yaml scalars, or those of another configuration).
+
+    Raises:
+        UserError: listing every unknown key, wrong type and wrong value, together with `problems` found before.
+    """
+    problems = list(problems)
+    converted: dict[str, Any] = {}
+    for name, value in values.items():
+        try:
+            converted[name] = _convert(name, value)
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    config = TrainConfig(**converted)
+    problems += _check(config, skip={problem.split(":")[0] for problem in problems})
+    if problems:
+        raise UserError("the configuration has problems:\n  " + "\n  ".join(problems))
+    return config
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    """Write the resolved configuration as yaml; reading it back gives the same configuration."""
+    write_text(path, yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+
+
+def _parser(verb: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"minimind-dpo {verb}",
+        usage=f"minimind-dpo {verb} [--config FILE] [--KEY VALUE ...]",
+        allow_abbrev=False,
+        description={
+            "train": "Train a causal language model on preference pairs with DPO.",
+            "precompute": "Fill the reference cache for a training run; its flags.",
+        }[verb],
+    )
+    parser.add_argument("--config", nargs=1, metavar="FILE", help="yaml file with the keys below")
+    for name, setting in _SETTINGS.items():
+        default = "" if setting.default in (None, "", MISSING) else f" (default: {_plain(setting.default)})"
+        parser.add_argument(
+            f"--{name}",
+            nargs="+" if _kind(name) == "list" else 1,
+            metavar=_kind(name).upper(),
+            help=(setting.metadata["help"] + default).replace("%", "%%"),
+        )
+    return parser
+
+
+def _plain(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _read_yaml(path: str, problems: list[str]) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read ({error.strerror})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: not valid yaml: {error}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise UserError(f"--config {path}: expected 'key: value' lines, found a {type(loaded).__name__}")
+    problems += [f"{path}: {key}: {_nearest(str(key))}" for key in loaded if key not in _SETTINGS]
+    return {key: value for key, value in loaded.items() if key in _SETTINGS}
+
+
+def _nearest(name: str) -> str:
+    close = difflib.get_close_matches(name, _SETTINGS, n=1, cutoff=0.5)
+    return "unknown key" + (f"; did you mean {close[0]}?" if close else "; see minimind-dpo train --help")
+
+
+def _kind(name: str) -> str:
+    annotation = str(_SETTINGS[name].type).removesuffix(" | None")
+    return "list" if annotation.startswith("list") else annotation
+
+
+def _convert(name: str, value: Any) -> Any:
+    """A value of the setting's own type; `none` is the absent value, or the empty list, where a setting has one."""
+    if name not in _SETTINGS:
+        raise ValueError(_nearest(name))
+    kind, optional = _kind(name), "None" in str(_SETTINGS[name].type)
+    (alone,) = value if isinstance(value, list) and len(value) == 1 else [value]
+    if value is None or ((optional or kind == "list") and str(alone).lower() in ("none", "null")):
+        if not optional and kind != "list":
+            raise ValueError("is empty; give a value or remove the key")
+        return None if optional else []
+    return _CONVERSIONS[kind](value)
+
+
+def _to_list(value: Any) -> list[str]:
+    items = value if isinstance(value, list) else [value]
+    if not all(isinstance(item, str) for item in items):
+        raise ValueError(f"expected one text or a list of texts, found {value!r}")
+    return items
+
+
+def _to_text(value: Any) -> str:
+    if not isinstance(value, (str, int, float)):
+        raise ValueError(f"expected one text value, found {value!r}")
+    return _plain(value)
+
+
+def _to_bool(value: Any) -> bool:
+    if _plain(value).lower() not in ("true", "false"):
+        raise ValueError(f"expected true or false, found {value!r}")
+    return _plain(value).lower() == "true"
+
+
+def _to_number(value: Any) -> float:
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, found {_plain(value)}")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"expected a number, found {value!r}") from None
+
+
+def _to_int(value: Any) -> int:
+    number = _to_number(value)
+    if not number.is_integer():
+        raise ValueError(f"expected a whole number, found {value!r}")
+    return value if isinstance(value, int) else int(number)
+
+
+_CONVERSIONS: dict[str, Callable[[Any], Any]] = {
+    "list": _to_list,
+    "str": _to_text,
+    "bool": _to_bool,
+    "float": _to_number,
+    "int": _to_int,
+}
+
+
+def _check(config: TrainConfig, skip: set[str]) -> list[str]:
+    problems = []
+    given = {name: getattr(config, name) for name in _SETTINGS if name not in skip}
+    if not given.get("model_name_or_path", "set"):
+        problems.append("model_name_or_path: missing; name a model directory, hub id or MiniMind .pth file")
+    if not given.get("train_data", ["set"]):
+        problems.append("train_data: missing; name a preference .jsonl (or .json, .parquet, hub id)")
+    for name, value in given.items():
+        bounds, choices = _SETTINGS[name].metadata["bounds"], _SETTINGS[name].metadata["choices"]
+        if bounds is not None and value is not None and not bounds.holds(value):
+            problems.append(f"{name}: must be {bounds.says}, is {value}")
+        if choices and value not in choices:
+            problems.append(f"{name}: {value!r} is none of {', '.join(choices)}")
+    if config.label_smoothing and config.loss_type in set(LOSS_TYPES) - set(SMOOTHED_LOSS_TYPES):
+        problems.append(
+            f"label_smoothing: has no meaning for loss_type {config.loss_type}; "
+            f"use one of {', '.join(SMOOTHED_LOSS_TYPES)} or remove it"
+        )
+    if config.reference == "adapter" and config.lora_r is None and "lora_r" not in skip:
+        problems.append("reference: adapter is the policy without its LoRA matrices; set lora_r too")
+    if config.reference == "adapter" and config.ref_model_name_or_path is not None:
+        problems.append("reference: adapter is the policy's own start; remove ref_model_name_or_path")
+    if config.lr_scheduler_type == "minimind" and config.warmup_ratio:
+        problems.append("warmup_ratio: lr_scheduler_type minimind has no warmup; use cosine_with_min_lr")
+    if config.eval_steps is not None and not config.eval_data and "eval_data" not in skip:
+        problems.append("eval_steps: needs eval_data")
+    return problems

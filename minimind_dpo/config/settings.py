@@ -1,0 +1,134 @@
+"""The settings of a training run: one dataclass, which says of each setting all there is to know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from math import inf
+from typing import Any, NamedTuple
+
+COMPLETION_MASKS = ("all_assistant", "final_turn")
+BAD_ROW_POLICIES = ("auto", "fail", "drop")
+LOSS_TYPES = ("sigmoid", "sigmoid_norm", "robust", "hinge", "ipo")
+SMOOTHED_LOSS_TYPES = ("sigmoid", "sigmoid_norm", "robust")
+REFERENCES = ("auto", "live", "offload", "cache", "adapter")
+LR_SCHEDULER_TYPES = ("minimind", "cosine", "cosine_with_min_lr", "linear", "constant", "constant_with_warmup")
+DTYPES = ("float32", "float16", "bfloat16")  # torch's names
+
+
+class Bounds(NamedTuple):
+    """What a number may be: `says` ends the sentence "must be ..."; `holds` is true of an allowed number."""
+
+    says: str
+    holds: Callable[[float], bool]
+
+
+POSITIVE = Bounds("positive", lambda number: 0 < number < inf)
+NOT_NEGATIVE = Bounds("0 or more", lambda number: 0 <= number < inf)
+SHARE = Bounds("in [0, 1]", lambda number: 0 <= number <= 1)
+DROPOUT = Bounds("in [0, 1)", lambda number: 0 <= number < 1)
+MINORITY = Bounds("in [0, 0.5)", lambda number: 0 <= number < 0.5)
+
+
+def _setting(
+    default: Any, help: str, identity: bool, *, bounds: Bounds | None = None, choices: Sequence[str] = ()
+) -> Any:
+    metadata = {"help": help, "identity": identity, "bounds": bounds, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _fixed(default: Any, help: str, **limits: Any) -> Any:
+    """A setting that stays what it is as long as a run lasts: with another value, a resume is refused."""
+    return _setting(default, help, True, **limits)
+
+
+def _free(default: Any, help: str, **limits: Any) -> Any:
+    """A setting that a resume may change; where numbers depend on it, what it leads to is compared: data, reference."""
+    return _setting(default, help, False, **limits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything a training run is told, under Hugging Face's names; a batch counts pairs.
+
+    The defaults are MiniMind's own DPO settings. What the launcher decides (processes, mixed precision, ZeRO)
+    is not repeated here: it stays in the accelerate configuration.
+    """
+
+    model_name_or_path: str = _free("", "policy start: directory, hub id, run directory or MiniMind .pth")
+    ref_model_name_or_path: str | None = _free(None, "reference model (default: the policy's start)")
+    tokenizer_name_or_path: str | None = _free(None, "tokenizer directory or hub id (default: the model's)")
+    num_attention_heads: int | None = _free(None, "query heads of MiniMind raw weights (default 8)", bounds=POSITIVE)
+    trust_remote_code: bool = _free(False, "run code that comes with a hub model")
+    attn_implementation: str = _free(
+        "pairs", "pairs: packed shared-prefix batches; sdpa, eager, ...: one padded row a side"
+    )
+    gradient_checkpointing: bool = _free(False, "recompute activations in the backward pass")
+    lora_r: int | None = _fixed(None, "rank of LoRA matrices; without it every weight is trained", bounds=POSITIVE)
+    lora_alpha: float = _fixed(16, "LoRA's product is scaled by lora_alpha / lora_r", bounds=POSITIVE)
+    lora_dropout: float = _fixed(0.0, "dropout before LoRA's matrices", bounds=DROPOUT)
+    lora_target_modules: list[str] = _fixed(
+        [], "ends of the names of the adapted layers (default: all linear layers except the output layer)"
+    )
+
+    train_data: list[str] = _free(
+        [], "preference pairs: .jsonl/.json/.parquet files or globs, a datasets directory, or a hub id"
+    )
+    eval_data: list[str] = _free([], "held-out pairs, in the same forms")
+    max_length: int = _free(1024, "tokens a side, truncated on the right", bounds=POSITIVE)
+    completion_mask: str = _free(
+        "all_assistant", "tokens that count: " + " | ".join(COMPLETION_MASKS), choices=COMPLETION_MASKS
+    )
+    on_bad_row: str = _free(
+        "auto",
+        "auto: malformed rows fail, pairs without signal are dropped and counted; fail | drop: both",
+        choices=BAD_ROW_POLICIES,
+    )
+    shuffle: bool = _fixed(True, "a new order each epoch; false keeps file order")
+
+    loss_type: str = _fixed("sigmoid_norm", " | ".join(LOSS_TYPES), choices=LOSS_TYPES)
+    beta: float = _fixed(0.1, "strength of the pull towards the reference", bounds=POSITIVE)
+    label_smoothing: float = _fixed(0.0, "assumed share of flipped preferences, in [0, 0.5)", bounds=MINORITY)
+    reference: str = _free(
+        "auto", "where reference log-probabilities come from: " + " | ".join(REFERENCES), choices=REFERENCES
+    )
+
+    output_dir: str = _free("runs/dpo", "the run directory")
+    num_train_epochs: float = _free(1.0, "passes over the training pairs", bounds=POSITIVE)
+    max_steps: int = _free(-1, "optimizer steps; overrides num_train_epochs when positive")
+    per_device_train_batch_size: int = _free(4, "pairs a micro-batch on each rank", bounds=POSITIVE)
+    gradient_accumulation_steps: int = _free(1, "micro-batches an optimizer step", bounds=POSITIVE)
+    learning_rate: float = _fixed(4e-8, "peak learning rate of AdamW", bounds=POSITIVE)
+    lr_scheduler_type: str = _fixed("minimind", " | ".join(LR_SCHEDULER_TYPES), choices=LR_SCHEDULER_TYPES)
+    warmup_ratio: float = _fixed(0.0, "share of the steps with a linearly rising learning rate", bounds=SHARE)
+    weight_decay: float = _fixed(0.01, "AdamW's decoupled weight decay, on every parameter", bounds=NOT_NEGATIVE)
+    max_grad_norm: float = _fixed(1.0, "gradient norm clipping; 0 switches it off", bounds=NOT_NEGATIVE)
+
+    logging_steps: int = _free(10, "optimizer steps between lines of metrics.jsonl", bounds=POSITIVE)
+    eval_steps: int | None = _free(
+        None, "optimizer steps between evaluations (always before and after)", bounds=POSITIVE
+    )
+    save_steps: int = _free(
+        100, "optimizer steps between checkpoints; 0 saves none except on a signal", bounds=NOT_NEGATIVE
+    )
+    save_total_limit: int = _free(2, "checkpoints kept; 0 keeps all", bounds=NOT_NEGATIVE)
+    resume: str = _free("auto", "auto: newest complete checkpoint of output_dir | never | PATH of one")
+    report_to: list[str] = _free([], "none, or trackers by accelerate's names: wandb, tensorboard, trackio, ...")
+    run_name: str | None = _free(None, "name of the run in the trackers")
+    dataloader_num_workers: int | None = _free(
+        None, "processes that lay out batches ahead; by default none on a CPU, 2 beside a GPU", bounds=NOT_NEGATIVE
+    )
+    ddp_timeout: int = _free(1800, "seconds that a rank waits for another before the run fails", bounds=POSITIVE)
+    seed: int = _fixed(42, "seed of the order and of dropout", bounds=NOT_NEGATIVE)
+
+    @property
+    def attends_pairs(self) -> bool:
+        """Whether the packed shared-prefix layout is asked for."""
+        return self.attn_implementation == "pairs"
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """The settings that must be equal for one session to continue another's run, by name."""
+    return {setting.name: getattr(config, setting.name) for setting in fields(config) if setting.metadata["identity"]}
