@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 COMPLETION_MASKS = ("all_assistant", "final_turn")
 BAD_ROW_POLICIES = ("auto", "fail", "drop")
-LOSS_TYPES = ("sigmoid", "sigmoid_norm", "robust", "hinge", "ipo")
-SMOOTHED_LOSS_TYPES = ("sigmoid", "sigmoid_norm", "robust")
+# Lists, since `objective/losses.py` adds what is registered from outside of the package.
+LOSS_TYPES = ["sigmoid", "sigmoid_norm", "robust", "hinge", "ipo"]
+SMOOTHED_LOSS_TYPES = ["sigmoid", "sigmoid_norm", "robust"]
 REFERENCES = ("auto", "live", "offload", "cache", "adapter")
 LR_SCHEDULER_TYPES = ("minimind", "cosine", "cosine_with_min_lr", "linear", "constant", "constant_with_warmup")
 DTYPES = ("float32", "float16", "bfloat16")  # torch's names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -47,8 +48,15 @@ class Launched:
 
     def start_trackers(self, project: str, settings: dict[str, Any], starting: dict[str, dict[str, Any]]) -> None:
         """Start what `report_to` names."""
+        # most trackers take numbers and texts only
+        flat = {
+            name: value if isinstance(value, (int, float, str)) else json.dumps(value)
+            for name, value in settings.items()
+        }
         try:
-            self._accelerator.init_trackers(project, config=settings, init_kwargs=starting)
+            self._accelerator.init_trackers(project, init_kwargs=starting)
+            for tracker in self._accelerator.trackers:
+                tracker.store_init_configuration(settings if tracker.name == "wandb" else flat)
         except Exception:
             self._accelerator.trackers.clear()  # one that never started cannot be ended
             raise

@@ -137,8 +137,7 @@ class MiniMindMoeForCausalLM(MiniMindMoePreTrainedModel, GenerationMixin):
             position_ids: [batch, length] positions for the rotary embedding; counted from 0 by default.
             past_key_values: keys and values of earlier tokens.
             inputs_embeds: see `input_ids`.
-            labels: [batch, length] target ids, -100 where none; adds `loss`, the mean next-token loss plus
-                `aux_loss`.
+            labels: [batch, length] target ids, -100 where none; adds `loss`: mean next-token loss plus `aux_loss`.
             use_cache: return `past_key_values`.
             output_router_logits: return `router_logits`, one [batch * length, num_experts] tensor a layer,
                 and `aux_loss`, MiniMind's load-balancing loss with its coefficient, averaged over the rows.
@@ -147,22 +146,14 @@ class MiniMindMoeForCausalLM(MiniMindMoePreTrainedModel, GenerationMixin):
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_router_logits=output_router_logits,
-            **kwargs,
-        )
+        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+        places = {"position_ids": position_ids, "past_key_values": past_key_values, "use_cache": use_cache}
+        outputs = self.model(**inputs, **places, output_router_logits=output_router_logits, **kwargs)
         hidden_states = outputs.last_hidden_state
         logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
-        aux_loss = None
+        loss = aux_loss = None
         if output_router_logits:
             aux_loss = self._aux_loss(outputs.router_logits, *hidden_states.shape[:2])
-        loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
             loss = loss if aux_loss is None else loss + aux_loss

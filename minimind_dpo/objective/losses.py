@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minimind_dpo.config.settings import LOSS_TYPES, SMOOTHED_LOSS_TYPES
+
 
 def preference_logits(
     policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, ref_chosen_logps: Tensor, ref_rejected_logps: Tensor
@@ -115,6 +117,25 @@ LOSSES = {
     "hinge": Loss(hinge_loss),
     "ipo": Loss(ipo_loss, length_normalised=True),
 }
+
+
+def register_loss(name: str, loss: Loss, smoothed: bool = False) -> None:
+    """Make a loss from outside of the package a choice of `loss_type`, before a configuration is read.
+
+    Args:
+        name: that `loss_type` will give.
+        loss: its function, and what it wants to be fed.
+        smoothed: `label_smoothing` means something to it.
+
+    Raises:
+        ValueError: there is a loss of that name.
+    """
+    if name in LOSSES:
+        raise ValueError(f"there is a loss called {name!r}")
+    LOSSES[name] = loss
+    LOSS_TYPES.append(name)
+    if smoothed:
+        SMOOTHED_LOSS_TYPES.append(name)
 
 
 class LossSettings(NamedTuple):

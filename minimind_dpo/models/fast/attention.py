@@ -61,9 +61,7 @@ def pair_attention(
     if pair_segments is None:
         raise NotImplementedError("the model does not tell its attention where the pairs lie")
     segments = tuple(pair_segments)
-    length = segments[-1].start + segments[-1].length
-    if not query.shape[::2] == key.shape[::2] == value.shape[::2] == (1, length):
-        raise NotImplementedError(f"queries {list(query.shape)} and keys {list(key.shape)} are not one row of {length}")
+    _check_row(query, key, value, segments[-1].start + segments[-1].length)
     query, key, value = autocast(query, key, value)
     if query.device.type == "cpu" and not dropout:
         rows = getattr(module, "wanted_rows", None)
@@ -76,6 +74,12 @@ def pair_attention(
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
         return varlen_attention(query, key, value, segments, scaling, sliding_window), None
     return sdpa_attention(query, key, value, segments, scaling, sliding_window, dropout), None
+
+
+def _check_row(query: Tensor, key: Tensor, value: Tensor, length: int) -> None:
+    """Refuse states that are not those of one row of `length` positions."""
+    if not query.shape[::2] == key.shape[::2] == value.shape[::2] == (1, length):
+        raise NotImplementedError(f"queries {list(query.shape)} and keys {list(key.shape)} are not one row of {length}")
 
 
 def _mask(query: Tensor, key: Tensor, window: int | None) -> Tensor | None:
