@@ -29,7 +29,8 @@ if __name__ == "__main__":  # the project's root instead of this directory, whos
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from minimind_dpo.data.tokenized import load_tokenizer
-from minimind_dpo.demo.run import ASSETS, generate_replies
+from minimind_dpo.demo.replies import generate_replies
+from minimind_dpo.demo.run import ASSETS
 from minimind_dpo.demo.task import preference_pairs, verdict
 from minimind_dpo.models.loading import load_model
 

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_model"]
+
+# what is public, and the module it is imported from when it is asked for: `import minimind_dpo` stays fast
+_PUBLIC = {
+    "PairScorer": "minimind_dpo.objective.scoring",
+    "TrainConfig": "minimind_dpo.config",
+    "load_model": "minimind_dpo.models.loading",
+    "pack_pairs": "minimind_dpo.data.batch",
+    "train_dpo": "minimind_dpo.train",
+}
+__all__ = ["PairScorer", "TrainConfig", "__version__", "load_model", "pack_pairs", "train_dpo"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is public when it is asked for: `import minimind_dpo` stays fast."""
-    if name == "load_model":
-        from minimind_dpo.models.loading import load_model
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'minimind_dpo' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
 
-        return load_model
-    raise AttributeError(f"module 'minimind_dpo' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

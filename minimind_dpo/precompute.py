@@ -8,19 +8,13 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from minimind_dpo.config import TrainConfig, load_config
-from minimind_dpo.data.chat import load_tokenizer
-from minimind_dpo.engine.protocol import unwrap
-from minimind_dpo.engine.ranks import decide
 from minimind_dpo.errors import UserError, exit_code
-from minimind_dpo.objective.layout import choose_layout
-from minimind_dpo.objective.scoring import PairScorer
-from minimind_dpo.reference.choosing import make_cache, switches_adapters_off
-from minimind_dpo.reference.digest import reference_digest
-from minimind_dpo.reference.filling import fill_cache
-from minimind_dpo.training.session import Session
-from minimind_dpo.training.setup import check_vocabulary, load_configured, load_data, tokenizer_path
+
+if TYPE_CHECKING:
+    from minimind_dpo.training.session import Session
 
 logger = logging.getLogger("minimind_dpo.precompute")  # not __name__: the module also runs as __main__
 
@@ -42,6 +36,8 @@ def run(config: TrainConfig, ends_process: bool = False) -> int:
             f"reference: a run with {config.reference} reads no cache, so there is nothing to compute "
             "beforehand; set it to cache, here and in train"
         )
+    from minimind_dpo.training.session import Session  # late: see `_precompute`
+
     session = Session(config, ends_process)
     with session:
         _precompute(config, session)
@@ -49,6 +45,17 @@ def run(config: TrainConfig, ends_process: bool = False) -> int:
 
 
 def _precompute(config: TrainConfig, session: Session) -> None:
+    # late: torch and transformers take seconds, which --help and a mistake in the settings need not wait for
+    from minimind_dpo.data.chat import load_tokenizer
+    from minimind_dpo.engine.protocol import unwrap
+    from minimind_dpo.engine.ranks import decide
+    from minimind_dpo.objective.layout import choose_layout
+    from minimind_dpo.objective.scoring import PairScorer
+    from minimind_dpo.reference.choosing import make_cache, switches_adapters_off
+    from minimind_dpo.reference.digest import reference_digest
+    from minimind_dpo.reference.filling import fill_cache
+    from minimind_dpo.training.setup import check_vocabulary, load_configured, load_data, tokenizer_path
+
     engine = session.engine
     tokenizer = load_tokenizer(tokenizer_path(config), config.trust_remote_code)
     with engine.loading_reference(offload=False):

@@ -1,22 +1,43 @@
 """The entry point of training: build everything from a configuration, run the loop, leave a run directory.
 
-`python -m minimind_dpo.train` equals `minimind-dpo train`.
+`python -m minimind_dpo.train` equals `minimind-dpo train`, and `train_dpo` is the same run from Python.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from minimind_dpo.checkpoints.directory import find_checkpoint
-from minimind_dpo.config import TrainConfig, load_config
-from minimind_dpo.engine.ranks import on_main
-from minimind_dpo.errors import exit_code
-from minimind_dpo.training.loop import train
-from minimind_dpo.training.run_directory import finish_run, locked, open_run
-from minimind_dpo.training.session import Session
-from minimind_dpo.training.setup import build_run
+from minimind_dpo.config import TrainConfig, load_config, make_config
+from minimind_dpo.errors import EXIT_DONE, EXIT_STOPPED, StoppedEarly, exit_code
+
+
+def train_dpo(config: TrainConfig) -> dict[str, Any]:
+    """Train as `minimind-dpo train` does; in a launched program every rank must call it.
+
+    Args:
+        config: of the run; it is checked as the command's is.
+
+    Returns:
+        What `summary.json` in the run directory holds: `steps`, `pairs_seen`, `seconds`, `pairs_per_second`,
+        `peak_memory_gib` and `reference_digest`; with `eval_data` also `eval_before` and `eval_after`.
+
+    Raises:
+        UserError: a mistake in the configuration, the data or the files named.
+        TrainingError: the run cannot go on.
+        StoppedEarly: a signal stopped it with a checkpoint written; the same call continues there.
+        SystemExit: this or another of several ranks failed; the first one has said why.
+    """
+    code = run(make_config(asdict(config)))
+    if code == EXIT_STOPPED:
+        raise StoppedEarly(f"with a checkpoint in {config.output_dir}; the same call continues there")
+    if code != EXIT_DONE:
+        raise SystemExit(code)
+    return json.loads((Path(config.output_dir) / "summary.json").read_text("utf-8"))
 
 
 def run(config: TrainConfig, ends_process: bool = False) -> int:
@@ -29,6 +50,14 @@ def run(config: TrainConfig, ends_process: bool = False) -> int:
     Raises:
         UserError: a mistake in the configuration, the data or the files named.
     """
+    # late: torch and transformers take seconds, which --help and a mistake in the settings need not wait for
+    from minimind_dpo.checkpoints.directory import find_checkpoint
+    from minimind_dpo.engine.ranks import on_main
+    from minimind_dpo.training.loop import train
+    from minimind_dpo.training.run_directory import finish_run, locked, open_run
+    from minimind_dpo.training.session import Session
+    from minimind_dpo.training.setup import build_run
+
     session = Session(config, ends_process)
     with session, ExitStack() as stack:
         directory, engine = Path(config.output_dir), session.engine

@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from minimind_dpo.demo import task
-from minimind_dpo.demo.run import generate_replies
+from minimind_dpo.demo.replies import generate_replies
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2, as in MiniMind's tokenizers
 CHAT_TEMPLATE = (

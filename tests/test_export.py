@@ -9,8 +9,9 @@ from test_models import HEADS, HIDDEN, KINDS, equal_states, heads_of, raw_state,
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from minimind_dpo.errors import UserError
-from minimind_dpo.export import export_model, run_export
+from minimind_dpo.export import run_export
 from minimind_dpo.models import load_model
+from minimind_dpo.models.export import export_model
 
 
 @pytest.mark.parametrize(("generation", "moe"), KINDS)

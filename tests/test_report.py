@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from minimind_dpo.errors import UserError
-from minimind_dpo.report.page import headlines, series, write_report
+from minimind_dpo.report.curves import series
+from minimind_dpo.report.page import headlines, write_report
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 

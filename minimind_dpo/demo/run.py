@@ -8,19 +8,15 @@ import os
 import shutil
 import textwrap
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from minimind_dpo.config import TrainConfig, make_config
-from minimind_dpo.data.tokenized import load_tokenizer
 from minimind_dpo.demo.task import judge
 from minimind_dpo.files import write_text
-from minimind_dpo.models.loading import load_model
 from minimind_dpo.report.page import write_report
 from minimind_dpo.train import run
 
@@ -39,6 +35,10 @@ def run_demo(argv: list[str]) -> int:
     parser.add_argument("--output_dir", default="runs/demo", help="the run directory (default: runs/demo)")
     parser.add_argument("--max_steps", type=int, help="optimizer steps (default: all of the demo)")
     options = parser.parse_args(argv)
+    import torch  # late: it takes seconds, which --help need not wait for
+
+    from minimind_dpo.demo.replies import speak  # late for the same reason
+
     started = time.monotonic()
     if "OMP_NUM_THREADS" not in os.environ:  # so small a model loses by sharing its work, most of all on a busy machine
         os.environ["OMP_NUM_THREADS"] = "1"
@@ -49,11 +49,11 @@ def run_demo(argv: list[str]) -> int:
     _clear_former_demo(output_dir)
     print(f"A tiny MiniMind that stays a butler even when it is asked for a pirate.\nIts replies to {len(prompts)} "
           "prompts that no training sees, before ...", flush=True)  # fmt: skip
-    before = speak(config.model_name_or_path, config, prompts)
+    before = speak(config.model_name_or_path, str(config.tokenizer_name_or_path), prompts)
     code = run(config)
     if code != 0:
         return code
-    after = speak(str(output_dir), config, prompts)
+    after = speak(str(output_dir), str(config.tokenizer_name_or_path), prompts)
     replies = [
         {"prompt": prompt, "before": old, "after": new, "before_ok": judge(prompt, old), "after_ok": judge(prompt, new)}
         for prompt, old, new in zip(prompts, before, after, strict=True)
@@ -94,41 +94,6 @@ def heldout_prompts() -> list[str]:
     return [json.loads(line)["chosen"][0]["content"] for line in lines]
 
 
-def speak(model_path: str, config: TrainConfig, prompts: list[str]) -> list[str]:
-    """The greedy replies of a stored model to the prompts."""
-    tokenizer = load_tokenizer(str(config.tokenizer_name_or_path))
-    return generate_replies(load_model(model_path), tokenizer, prompts)
-
-
-@torch.no_grad()
-def generate_replies(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    max_new_tokens: int = 32,
-    batch_size: int = 64,
-) -> list[str]:
-    """Greedy replies, one a prompt. Only prompts of equal token length share a batch, so nothing is padded."""
-    was_training = model.training
-    model.eval()
-    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
-    replies = [""] * len(prompts)
-    for length in sorted({len(ids) for ids in encoded}):
-        for indices in _chunks([i for i, ids in enumerate(encoded) if len(ids) == length], batch_size):
-            output: Any = model.generate(  # type: ignore[operator]
-                torch.tensor([encoded[i] for i in indices]),
-                attention_mask=torch.ones(len(indices), length, dtype=torch.long),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-            )
-            for index, row in zip(indices, output, strict=True):
-                replies[index] = str(tokenizer.decode(row[length:], skip_special_tokens=True)).strip()
-    model.train(was_training)
-    return replies
-
-
 def side_by_side(replies: Iterable[dict[str, Any]], width: int) -> str:
     """Prompts with both replies next to each other, each in a column of half the terminal's width."""
     half = max(width // 2 - 2, 30)
@@ -154,14 +119,3 @@ def summary_lines(replies: list[dict[str, Any]], summary: dict[str, Any]) -> str
         f"  replies right in content and manner    {right[0]:6.1%}   {right[1]:6.1%}\n"
         f"  pairs whose chosen reply is likelier   {before:6.1%}   {after:6.1%}"
     )
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    message = [{"role": "user", "content": prompt}]
-    text: Any = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    return tokenizer.encode(text, add_special_tokens=False)
-
-
-def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

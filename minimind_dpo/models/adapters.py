@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
@@ -15,6 +13,9 @@ from transformers import PreTrainedModel
 from minimind_dpo.checkpoints.files import FragmentReader
 from minimind_dpo.engine.sharding import whole
 from minimind_dpo.errors import UserError
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
 
 ADAPTER = "default"
 
@@ -36,6 +37,8 @@ def add_adapters(
     Raises:
         UserError: no layer of the model has such a name.
     """
+    from peft import LoraConfig  # late: a second, for runs with LoRA only
+
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,  # type: ignore[arg-type]
@@ -54,7 +57,12 @@ def add_adapters(
 
 def has_adapters(model: PreTrainedModel) -> bool:
     """Whether LoRA matrices were added."""
-    return any(isinstance(module, LoraLayer) for module in model.modules())
+    return any(_is_lora(name) for name, _ in model.named_parameters())
+
+
+def _is_lora(name: str) -> bool:
+    """Whether a parameter is one of LoRA's matrices; told by peft's name, since most runs never import peft."""
+    return any(part.startswith("lora_") for part in name.split("."))
 
 
 class Weight(NamedTuple):
@@ -88,11 +96,11 @@ class Weight(NamedTuple):
 def merged_weights(model: PreTrainedModel) -> Iterator[Weight]:
     """Every weight of `model` under its plain name, a tied one once; LoRA matrices are merged into theirs."""
     adapted = {
-        f"{name}.base_layer.weight": module for name, module in model.named_modules() if isinstance(module, LoraLayer)
+        f"{name}.base_layer.weight": module for name, module in model.named_modules() if hasattr(module, "lora_A")
     }
     for name, parameter in model.named_parameters():
-        if not any(part.startswith("lora_") for part in name.split(".")):
-            yield Weight(name.replace(".base_layer.", "."), parameter, adapted.get(name))
+        if not _is_lora(name):
+            yield Weight(name.replace(".base_layer.", "."), parameter, adapted.get(name))  # type: ignore[arg-type]
 
 
 def merge_adapters(model: PreTrainedModel, reader: FragmentReader, scaling: float) -> None:

@@ -7,9 +7,9 @@ import difflib
 import torch
 from transformers import PreTrainedConfig
 
+from minimind_dpo.config import DTYPES
 from minimind_dpo.errors import UserError
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CONFIG_OVERRIDES = ("attention_dropout", "max_position_embeddings", "router_aux_loss_coef", "use_cache")
 LOAD_OVERRIDES = ("dtype", "attn_implementation", "num_attention_heads", "trust_remote_code")
 
@@ -28,10 +28,10 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     """The torch dtype, None for `auto`."""
     if dtype == "auto":
         return None
-    parsed = DTYPES.get(dtype, None) if isinstance(dtype, str) else dtype
-    if parsed not in DTYPES.values():
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; use {', '.join(DTYPES)} or auto.")
-    return parsed
+    return getattr(torch, name)
 
 
 def apply_overrides(config: PreTrainedConfig, overrides: dict, source: str) -> None:

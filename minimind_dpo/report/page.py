@@ -6,24 +6,16 @@ Everything on the page is read from `metrics.jsonl`, `summary.json`, `config.yam
 
 from __future__ import annotations
 
-import io
 import json
-import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
-import matplotlib
 import yaml
 from jinja2 import Environment
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 
 from minimind_dpo.errors import UserError
 from minimind_dpo.files import write_text
-
-Series = tuple[list[float], list[float]]  # optimizer steps, values
+from minimind_dpo.report.curves import curves, is_finite
 
 EVAL_ORDER = [
     "logps/accuracies",
@@ -34,7 +26,6 @@ EVAL_ORDER = [
     "rewards/chosen",
     "rewards/rejected",
 ]
-BLUE, ORANGE, GREEN, GREY = "#3b82f6", "#f97316", "#1f9d62", "#8b8f98"  # readable on white and on black
 
 
 def write_report(run_dir: Path) -> Path:
@@ -117,78 +108,6 @@ def evaluation_table(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     return [(name, _text(before.get(name, "–")), _text(after.get(name, "–"))) for name in names]
 
 
-def curves(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """(title, inline SVG) of every curve that has at least one finite point."""
-
-    def lines(*names: tuple[str, str, str]) -> list[tuple[str, str, Series]]:
-        found = [(label, colour, series(rows, key)) for key, label, colour in names]
-        return [line for line in found if line[2][0]]
-
-    def ln2(axes: Axes) -> None:
-        axes.axhline(math.log(2), color=GREY, linewidth=1, linestyle=":", label="ln 2: knows no preference")
-
-    def half(axes: Axes) -> None:
-        axes.axhline(0.5, color=GREY, linewidth=1, linestyle=":")
-        axes.set_ylim(-0.03, 1.03)
-
-    def zero(axes: Axes) -> None:
-        axes.axhline(0.0, color=GREY, linewidth=1, linestyle=":")
-
-    plots: list[tuple[str, list[tuple[str, str, Series]], Callable[[Axes], None] | None]] = [
-        ("Loss (nats a pair)", lines(("loss", "training", BLUE), ("eval_loss", "held-out", ORANGE)), ln2),
-        (
-            "Accuracy (share of pairs)",
-            lines(
-                ("rewards/accuracies", "training: chosen reward higher", BLUE),
-                ("eval_rewards/accuracies", "held-out: chosen reward higher", ORANGE),
-                ("eval_logps/accuracies", "held-out: chosen likelier", GREEN),
-            ),
-            half,
-        ),
-        (
-            "Rewards (beta × summed log-ratio to the reference)",
-            lines(("rewards/chosen", "chosen", BLUE), ("rewards/rejected", "rejected", ORANGE)),
-            zero,
-        ),
-        (
-            "Margin (chosen reward − rejected reward)",
-            lines(("rewards/margins", "training", BLUE), ("eval_rewards/margins", "held-out", ORANGE)),
-            zero,
-        ),
-        ("Learning rate", lines(("learning_rate", "learning rate", BLUE)), None),
-        ("Gradient norm (before clipping)", lines(("grad_norm", "gradient norm", BLUE)), None),
-    ]
-    return [(title, _svg(title, found, extra)) for title, found, extra in plots if found]
-
-
-def series(rows: list[dict[str, Any]], key: str) -> Series:
-    """Steps and finite values of one metric, in the order of the log."""
-    points = [(row.get("step"), row.get(key)) for row in rows]
-    kept = [(float(x), float(y)) for x, y in points if _finite(x) and _finite(y)]
-    return [x for x, _ in kept], [y for _, y in kept]
-
-
-def _svg(title: str, lines: list[tuple[str, str, Series]], extra: Callable[[Axes], None] | None) -> str:
-    """One small line chart; text stays text and takes the page's own colour, so that it follows dark mode."""
-    settings: Any = {"svg.hashsalt": title, "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(5.2, 2.7), layout="constrained")
-        axes = figure.subplots()
-        if extra is not None:
-            extra(axes)
-        for label, colour, (steps, values) in lines:
-            marker = "o" if len(steps) < 30 else None
-            axes.plot(steps, values, label=label, color=colour, linewidth=1.6, marker=marker, markersize=3)
-        axes.set_xlabel("optimizer step")
-        axes.spines[["top", "right"]].set_visible(False)
-        if len(axes.get_legend_handles_labels()[1]) > 1:
-            axes.legend(frameon=False, fontsize=9)
-        buffer = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(["Creator", "Date", "Format", "Type"]))
-    svg = buffer.getvalue()
-    return svg[svg.index("<svg") :]  # without the XML prologue
-
-
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl file ([] if it is absent); a last line that is still being written is left out."""
     if not path.is_file():
@@ -223,11 +142,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _metric(metrics: dict[str, Any], name: str) -> float | None:
     """A metric by its bare name, whether or not it carries the prefix of an evaluation."""
     value = metrics.get(f"eval_{name}", metrics.get(name))
-    return float(value) if _finite(value) else None
-
-
-def _finite(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return float(value) if is_finite(value) else None
 
 
 def _percent(value: float) -> str:
@@ -236,7 +151,7 @@ def _percent(value: float) -> str:
 
 def _number(value: float) -> str:
     """Whole numbers as they are, others with three or four figures that count."""
-    if isinstance(value, int) or (abs(value) >= 100 and _finite(value)):
+    if isinstance(value, int) or (abs(value) >= 100 and is_finite(value)):
         return f"{value:,.0f}"
     return f"{value:.3g}"
 

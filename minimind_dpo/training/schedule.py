@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 
 import torch
-from transformers import get_scheduler
 
 _NEEDS_MINIMUM = {"cosine_with_min_lr": {"min_lr_rate": 0.1}}
 
@@ -22,6 +21,8 @@ def learning_rate_schedule(
     """
     if lr_scheduler_type == "minimind":
         return lambda step: learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * step / total_steps)))
+    from transformers import get_scheduler  # late: it brings peft, half a second
+
     placeholder = torch.optim.SGD([torch.zeros(())], lr=1.0)
     scheduler = get_scheduler(
         lr_scheduler_type,
