@@ -100,12 +100,12 @@ def decoder_bytes(shape: ModelShape, run: RunShape) -> float:
 def mapped_bytes(shape: ModelShape, run: RunShape) -> float:
     """What of `decoder_bytes` lies in mapped blocks: the inner tensors of feed-forward blocks where these are so large.
 
-    (layers - 1) x 3 or 4 x tokens c f
+    (layers - 1) x inner tensors x tokens c f
     """
     widest = run.output_bytes * run.tokens * max(shape.intermediate * max(shape.dense_blocks, 1), shape.hidden)
     if run.checkpointing or not allocate("activations", [widest]).mapped:
         return 0
-    return (shape.layers - 1) * (4 - shape.fused) * widest
+    return (shape.layers - 1) * inner_tensors(shape) * widest
 
 
 def kept_activations(shape: ModelShape, run: RunShape) -> list[Allocation]:

@@ -12,8 +12,6 @@ from minimind_dpo.planning.allocation import Allocation, allocate
 from minimind_dpo.planning.run_shape import RunShape
 from minimind_dpo.planning.shape import ModelShape
 
-DDP_BUCKET = 25 << 20  # bytes of gradients that DDP exchanges at once (bucket_cap_mb of torch)
-
 
 def weights(shape: ModelShape, run: RunShape) -> list[Allocation]:
     """The weights that the forward pass reads, of which stage 3 keeps a rank's share.
@@ -102,11 +100,13 @@ def gradient_norm(shape: ModelShape, run: RunShape) -> list[Allocation]:
 
 
 def ddp_buckets(shape: ModelShape, run: RunShape) -> list[Allocation]:
-    """DDP's buckets of gradients: 4 T, in whole buckets of 25 MiB; none for one process."""
+    """DDP's buckets, in which every gradient has its place: 4 T; none for one process.
+
+    Source: torch's Reducer; a bucket has 25 MiB (bucket_cap_mb), so all are in the heap.
+    """
     if run.stage or run.world == 1:
         return []
-    gradients = 4 * sum(shape.trained)
-    return [Allocation("communication", min(gradients, DDP_BUCKET * max(1, round(gradients / DDP_BUCKET))))]
+    return [Allocation("communication", 4 * sum(shape.trained))]
 
 
 def reduce_bucket_bytes(shape: ModelShape, run: RunShape) -> float:
