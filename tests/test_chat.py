@@ -15,7 +15,6 @@ from minimind_dpo.data.chat import (
     TokenizedPair,
     encode_pair,
     load_tokenizer,
-    mask_tokens,
     shared_prefix_length,
     tokenize_pair,
 )
@@ -332,15 +331,6 @@ def test_broken_surrogates_name_their_place() -> None:
     with pytest.raises(RowError, match=r"f.jsonl:3: .*encoded") as caught:
         done(row("a \ud800 b"))
     assert caught.value.reason == "not_utf8"
-
-
-def test_mask_tokens_by_hand() -> None:
-    #         a        b      c       of one character   spaces, reported empty
-    offsets = [(0, 2), (2, 3), (3, 4), (3, 4), (4, 6), (8, 8), (8, 9)]
-    assert mask_tokens(offsets, [(3, 4)]) == [0, 0, 1, 1, 0, 0, 0]
-    assert mask_tokens(offsets, [(6, 8)]) == [0, 0, 0, 0, 0, 1, 0]
-    assert mask_tokens(offsets, [(0, 1), (5, 9)]) == [0, 0, 0, 0, 0, 1, 1]
-    assert mask_tokens([], []) == []
 
 
 def test_shared_prefix_leaves_each_side_a_token() -> None:

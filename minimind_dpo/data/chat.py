@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minimind_dpo.config import COMPLETION_MASKS
-from minimind_dpo.data.encoding import PairEncoder, Pieces, Span, mark_tokens
+from minimind_dpo.data.encoding import EncodedText, Span, encode_texts
 from minimind_dpo.data.records import Message, PreferencePair, RowError
 from minimind_dpo.data.spans import SpanError, TemplateError, chat_template
 from minimind_dpo.errors import UserError
@@ -76,10 +76,10 @@ def encode_pair(pair: PreferencePair, tokenizer: Any, *, max_length: int, comple
     """Tokenizes both sides, whether or not the pair has a signal; as `tokenize_pair`, but raises `SpanError`."""
     check_settings(tokenizer, max_length, completion_mask)
     rendered = render_pair(pair, tokenizer, completion_mask)
-    (pieces,) = encode_rendered([rendered], PairEncoder(tokenizer))
-    if isinstance(pieces, RowError):
-        raise pieces
-    return finish_pair(rendered, pieces, max_length)
+    (encoded,) = encode_rendered([rendered], tokenizer)
+    if isinstance(encoded, RowError):
+        raise encoded
+    return finish_pair(rendered, encoded, max_length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +91,9 @@ class RenderedPair:
     spans: tuple[list[Span], list[Span]]
 
 
+EncodedPair = tuple[EncodedText, EncodedText]  # chosen, rejected
+
+
 def render_pair(pair: PreferencePair, tokenizer: Any, completion_mask: str) -> RenderedPair:
     """The first of three steps: what the chat template makes of the pair. Raises as `encode_pair`."""
     first_turn = pair.prompt_messages if completion_mask == "final_turn" else 0
@@ -99,24 +102,32 @@ def render_pair(pair: PreferencePair, tokenizer: Any, completion_mask: str) -> R
     return RenderedPair(pair, (chosen, rejected), (chosen_spans, rejected_spans))
 
 
-def encode_rendered(rendered: list[RenderedPair], encoder: PairEncoder) -> list[Pieces | RowError]:
+def encode_rendered(rendered: Sequence[RenderedPair], tokenizer: Any) -> list[EncodedPair | RowError]:
     """The second step, for many pairs at once: tokens, or the error of a pair whose text can't be encoded."""
+    texts = [text for item in rendered for text in item.texts]
+    spans = [counted for item in rendered for counted in item.spans]
     try:
-        return list(encoder.encode([(item.texts, item.spans) for item in rendered]))
+        sides = encode_texts(tokenizer, texts, spans)
     except (UnicodeEncodeError, TypeError) as error:
         if len(rendered) == 1:
             return [RowError("not_utf8", f"{rendered[0].pair.place}: the text can't be encoded: {error}")]
-        return [encode_rendered([item], encoder)[0] for item in rendered]
+        return [encode_rendered([item], tokenizer)[0] for item in rendered]
+    return list(zip(sides[::2], sides[1::2], strict=True))
 
 
-def finish_pair(rendered: RenderedPair, pieces: Pieces, max_length: int) -> TokenizedPair:
+def finish_pair(rendered: RenderedPair, encoded: EncodedPair, max_length: int) -> TokenizedPair:
     """The third step: ids and masks, cut to `max_length`."""
-    pair = rendered.pair
-    ids = [list(chain.from_iterable(piece.ids for piece in side))[:max_length] for side in pieces]
-    masks = [list(chain.from_iterable(piece.mask for piece in side))[:max_length] for side in pieces]
-    for mask in masks:
-        mask[:1] = [0] * len(mask[:1])  # nothing predicts the first token
-    return TokenizedPair(ids[0], masks[0], ids[1], masks[1], pair.weight, pair.margin, pair.id, pair.place)
+    pair, (chosen, rejected) = rendered.pair, encoded
+    return TokenizedPair(
+        chosen_input_ids=chosen.ids[:max_length],
+        chosen_completion_mask=chosen.mask[:max_length],
+        rejected_input_ids=rejected.ids[:max_length],
+        rejected_completion_mask=rejected.mask[:max_length],
+        weight=pair.weight,
+        margin=pair.margin,
+        id=pair.id,
+        place=pair.place,
+    )
 
 
 def find_drop(pair: PreferencePair, tokenized: TokenizedPair) -> Drop | None:
@@ -139,16 +150,6 @@ def find_drop(pair: PreferencePair, tokenized: TokenizedPair) -> Drop | None:
 def hidden_turns(place: str, error: SpanError) -> Drop:
     """The drop of a pair whose turns the template hides."""
     return Drop("template_hides_turns", f"{place}: can't tell where the answer lies: {error}")
-
-
-def mask_tokens(offsets: list[Span], spans: list[Span]) -> list[int]:
-    """1 for each token whose first character lies in a span, else 0; position 0 can't be predicted and is 0.
-
-    Args:
-        offsets: the tokens' characters, [T] pairs of start and end in text order.
-        spans: disjoint character ranges, sorted.
-    """
-    return [0, *mark_tokens(offsets, spans)[1:]] if offsets else []
 
 
 def shared_prefix_length(first: npt.ArrayLike, second: npt.ArrayLike) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 from minimind_dpo.data.chat import (
     Drop,
+    EncodedPair,
     RenderedPair,
     TokenizedPair,
     check_settings,
@@ -23,7 +24,6 @@ from minimind_dpo.data.chat import (
     hidden_turns,
     render_pair,
 )
-from minimind_dpo.data.encoding import PairEncoder, Pieces
 from minimind_dpo.data.records import RowError, logger, parse_line
 from minimind_dpo.data.spans import SpanError
 
@@ -75,14 +75,13 @@ class ChunkTokenizer:
         check_settings(tokenizer, settings.max_length, settings.completion_mask)
         self._tokenizer = tokenizer
         self._settings = settings
-        self._encoder = PairEncoder(tokenizer)
 
     def outcomes(self, chunk: Chunk) -> list[Outcome]:
         """What becomes of each row."""
         rendered = [self._render(payload, place) for _, _, place, payload in chunk]
         pairs = [item for item in rendered if isinstance(item, RenderedPair)]
-        pieces = iter(encode_rendered(pairs, self._encoder))
-        return [self._finish(item, next(pieces)) if isinstance(item, RenderedPair) else item for item in rendered]
+        encoded = iter(encode_rendered(pairs, self._tokenizer))
+        return [self._finish(item, next(encoded)) if isinstance(item, RenderedPair) else item for item in rendered]
 
     def _render(self, payload: bytes | dict[str, Any], place: str) -> RenderedPair | tuple[Drop, bool]:
         try:
@@ -92,10 +91,10 @@ class ChunkTokenizer:
         except SpanError as error:
             return hidden_turns(place, error), False
 
-    def _finish(self, rendered: RenderedPair, pieces: Pieces | RowError) -> Outcome:
-        if isinstance(pieces, RowError):
-            return Drop(pieces.reason, str(pieces)), True
-        tokenized = finish_pair(rendered, pieces, self._settings.max_length)
+    def _finish(self, rendered: RenderedPair, encoded: EncodedPair | RowError) -> Outcome:
+        if isinstance(encoded, RowError):
+            return Drop(encoded.reason, str(encoded)), True
+        tokenized = finish_pair(rendered, encoded, self._settings.max_length)
         drop = find_drop(rendered.pair, tokenized)
         return (drop, False) if drop else tokenized
 

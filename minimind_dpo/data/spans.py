@@ -20,7 +20,6 @@ import jinja2
 
 from minimind_dpo.data import outline
 from minimind_dpo.data.records import Message
-from minimind_dpo.data.rendering import compiled_template, is_plain
 
 # A generation prompt may end with an (empty) thinking block; what is thought belongs to the answer.
 _THINKING = re.compile(r"[<\[]\|?\w*think", re.IGNORECASE)
@@ -43,7 +42,6 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self._direct = compiled_template(tokenizer)
         self._leads: dict[tuple[Any, ...], tuple[str, int]] = {}
         self._outlines: dict[tuple[str, ...], outline.Outline | None] = {}
         self._terminator: str | None = None
@@ -55,14 +53,6 @@ class ChatTemplate:
             TemplateError: the template refuses the conversation.
         """
         try:
-            if self._direct is not None and tools is None and is_plain(messages):
-                return self._direct.render(
-                    messages=messages,
-                    tools=None,
-                    documents=None,
-                    add_generation_prompt=add_generation_prompt,
-                    **self.tokenizer.special_tokens_map | {"date_string": _LLAMA_DATE},
-                )
             return self.tokenizer.apply_chat_template(
                 messages,
                 tools=tools,
@@ -77,7 +67,7 @@ class ChatTemplate:
         self, text: str, messages: list[Message], tools: Any, indices: list[int]
     ) -> list[tuple[int, int]]:
         """`assistant_span` of several turns."""
-        if tools is None and is_plain(messages):
+        if tools is None and _is_plain(messages):
             roles = tuple(message["role"] for message in messages)
             if roles not in self._outlines:
                 self._outlines[roles] = self._learn_outline(roles)
@@ -208,6 +198,10 @@ def _chat_template(tokenizer: Any, source: str) -> ChatTemplate:
 def chat_template(tokenizer: Any) -> ChatTemplate:
     """The tokenizer's chat template, kept with what was learnt about it."""
     return _chat_template(tokenizer, str(tokenizer.chat_template))
+
+
+def _is_plain(messages: list[Message]) -> bool:
+    return all(len(message) == 2 and type(message.get("content")) is str for message in messages)
 
 
 def _marked(messages: list[Message], marks: dict[int, str]) -> list[Message]:
