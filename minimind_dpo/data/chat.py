@@ -201,7 +201,7 @@ def _render(
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= first_turn]
     try:
         text = template.render(messages, pair.tools)
-        return text, template.assistant_spans(text, messages, pair.tools, turns)
+        return text, [template.assistant_span(text, messages, pair.tools, index) for index in turns]
     except TemplateError as error:
         raise RowError(
             "template_error", f"{pair.place}: the chat template refuses this conversation: {error}"

@@ -4,9 +4,6 @@ Looking for marker text such as `<|im_start|>assistant` would also find markers 
 found by rendering the conversation once more with that turn's words replaced by a mark: whatever stands before the
 mark and after it is the template's and the other turns', whatever they say. Where a turn *begins* is where
 generation would have begun: after what the template writes between the previous turn's words and the answer.
-
-Plain conversations of the same roles differ in their words only. What surrounds the words is learnt once, in that way,
-from a stand-in; a conversation that is exactly this with its own words filled in needs no second rendering.
 """
 
 from __future__ import annotations
@@ -18,7 +15,6 @@ from typing import Any
 
 import jinja2
 
-from minimind_dpo.data import outline
 from minimind_dpo.data.records import Message
 
 # A generation prompt may end with an (empty) thinking block; what is thought belongs to the answer.
@@ -43,7 +39,6 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._leads: dict[tuple[Any, ...], tuple[str, int]] = {}
-        self._outlines: dict[tuple[str, ...], outline.Outline | None] = {}
         self._terminator: str | None = None
 
     def render(self, messages: list[Message], tools: Any = None, add_generation_prompt: bool = False) -> str:
@@ -62,21 +57,6 @@ class ChatTemplate:
             )
         except _RENDER_ERRORS as error:
             raise TemplateError(f"{type(error).__name__}: {error}") from None
-
-    def assistant_spans(
-        self, text: str, messages: list[Message], tools: Any, indices: list[int]
-    ) -> list[tuple[int, int]]:
-        """`assistant_span` of several turns."""
-        if tools is None and _is_plain(messages):
-            roles = tuple(message["role"] for message in messages)
-            if roles not in self._outlines:
-                self._outlines[roles] = self._learn_outline(roles)
-            known = self._outlines[roles]
-            if known is not None:
-                spans = known.spans(text, [message["content"] for message in messages], indices)
-                if spans is not None:
-                    return spans
-        return [self.assistant_span(text, messages, tools, index) for index in indices]
 
     def assistant_span(self, text: str, messages: list[Message], tools: Any, index: int) -> tuple[int, int]:
         """Start and end of turn `index` in `text`, the rendered conversation; the end includes the end marker.
@@ -99,23 +79,6 @@ class ChatTemplate:
         if start > closed or text[:start] != probe[:start] or text[closed:] != probe[closing:]:
             raise SpanError(f"the template renders what surrounds message {index} differently, depending on its words")
         return start, end
-
-    def _learn_outline(self, roles: tuple[str, ...]) -> outline.Outline | None:
-        words = outline.stand_ins(len(roles))
-        talk, padded = (
-            [{"role": role, "content": f"{pad}{said}{pad}"} for role, said in zip(roles, words, strict=True)]
-            for pad in ("", " ")
-        )
-        try:
-            text = self.render(talk)
-            turns = {
-                index: self.assistant_span(text, talk, None, index)
-                for index, role in enumerate(roles)
-                if role == "assistant"
-            }
-            return outline.learn(text, self.render(padded), len(roles), turns)
-        except (SpanError, TemplateError):
-            return None
 
     @property
     def terminator(self) -> str:
@@ -198,10 +161,6 @@ def _chat_template(tokenizer: Any, source: str) -> ChatTemplate:
 def chat_template(tokenizer: Any) -> ChatTemplate:
     """The tokenizer's chat template, kept with what was learnt about it."""
     return _chat_template(tokenizer, str(tokenizer.chat_template))
-
-
-def _is_plain(messages: list[Message]) -> bool:
-    return all(len(message) == 2 and type(message.get("content")) is str for message in messages)
 
 
 def _marked(messages: list[Message], marks: dict[int, str]) -> list[Message]:
