@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib
 import sys
-from functools import partial
 
 from minimind_dpo import __version__
-from minimind_dpo.errors import EXIT_DONE, EXIT_USAGE, exit_code
+from minimind_dpo.errors import EXIT_DONE, EXIT_USAGE, Ending
 
 # verb -> (module, function of the remaining arguments, one line of help)
 VERBS = {
@@ -26,7 +25,10 @@ def main(argv: list[str] | None = None) -> int:
     for words in (2, 1):
         verb = " ".join(arguments[:words])
         if verb in VERBS:
-            return exit_code(partial(_call, verb, arguments[words:]))
+            module, function, _ = VERBS[verb]
+            with Ending() as ending:
+                ending.code = getattr(importlib.import_module(module), function)(arguments[words:])
+            return ending.code
     if arguments[:1] in (["-h"], ["--help"]):
         print(_help())
         return EXIT_DONE
@@ -35,11 +37,6 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_DONE
     print((f"minimind-dpo: no verb {' '.join(arguments[:2])!r}\n" if arguments else "") + _help(), file=sys.stderr)
     return EXIT_USAGE
-
-
-def _call(verb: str, arguments: list[str]) -> int:
-    module, function, _ = VERBS[verb]
-    return getattr(importlib.import_module(module), function)(arguments)
 
 
 def _help() -> str:

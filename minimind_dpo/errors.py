@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from types import TracebackType
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 75
 
@@ -26,17 +26,30 @@ class StoppedEarly(Exception):
     """A signal asked the run to stop; what it did so far is kept and the same command continues; exit code 75."""
 
 
-def exit_code(command: Callable[[], int]) -> int:
-    """Run a command; 2 with one message for a user's mistake, 1 with a traceback for a failure.
+class Ending:
+    """Around a command: the exit code that it ends with, whatever happens in it.
 
-    Where a launcher started several processes on a machine, they are taken to make the same mistake, and one speaks.
+    A user's mistake ends it with 2 and one message, a failure with 1 and a traceback. Where a launcher started several
+    processes on a machine, they are taken to make the same mistake, and one speaks.
+
+    Attributes:
+        code: the command's own where it ended well; set it in the block.
     """
-    try:
-        return command()
-    except Exception as error:
+
+    code = EXIT_DONE
+
+    def __enter__(self) -> Ending:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, Exception):
+            return False
         if os.environ.get("LOCAL_RANK", "0") == "0":
             report(error)
-        return code_of(error)
+        self.code = code_of(error)
+        return True
 
 
 def code_of(error: BaseException) -> int:

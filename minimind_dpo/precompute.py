@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING
 
 from minimind_dpo.config import TrainConfig, load_config
-from minimind_dpo.errors import UserError, exit_code
+from minimind_dpo.errors import Ending, UserError
 
 if TYPE_CHECKING:
     from minimind_dpo.training.session import Session
@@ -87,4 +87,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: main(sys.argv[1:])))
+    with Ending() as ending:
+        ending.code = main(sys.argv[1:])
+    sys.exit(ending.code)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind_dpo.config import TrainConfig, load_config, make_config
-from minimind_dpo.errors import EXIT_DONE, EXIT_STOPPED, StoppedEarly, exit_code
+from minimind_dpo.errors import EXIT_DONE, EXIT_STOPPED, Ending, StoppedEarly
 
 
 def train_dpo(config: TrainConfig) -> dict[str, Any]:
@@ -76,4 +76,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: main(sys.argv[1:])))
+    with Ending() as ending:
+        ending.code = main(sys.argv[1:])
+    sys.exit(ending.code)

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
+from helpers_run import Inputs
+
+from minimind_dpo.cli import main as cli
+from minimind_dpo.objective.losses import LOSSES, Loss, sigmoid_loss
 
 PACKAGE = Path(__file__).resolve().parent.parent / "minimind_dpo"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
@@ -96,3 +103,17 @@ def test_files_and_functions_are_small(name: str) -> None:
     ]
     lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
     assert all(length <= 50 for length in lengths.values()), {k: v for k, v in lengths.items() if v > 50}
+
+
+def test_the_way_from_the_console_to_the_loss_is_short(inputs: Inputs, tmp_path: Path) -> None:
+    """The package's own frames, from `minimind-dpo train` down to the function of a loss."""
+    frames: list[list[str]] = []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        stack = [frame for frame in inspect.stack() if Path(frame.filename).is_relative_to(PACKAGE)]
+        frames.append([frame.function for frame in stack])
+        return sigmoid_loss(*args, **kwargs)
+
+    with mock.patch.dict(LOSSES, sigmoid=Loss(watched)):
+        assert cli(["train", *inputs.flags(tmp_path, max_steps=1)]) == 0
+    assert frames[0][::-1] == ["main", "main", "run", "train", "optimizer_step", "score_batch", "dpo_losses"]

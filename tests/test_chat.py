@@ -10,14 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from minimind_dpo.data.chat import (
-    Drop,
-    TokenizedPair,
-    encode_pair,
-    load_tokenizer,
-    shared_prefix_length,
-    tokenize_pair,
-)
+from minimind_dpo.data.chat import Drop, TokenizedPair, encode_pair, load_tokenizer, shared_prefix_length, tokenize_pair
 from minimind_dpo.data.records import PreferencePair, RowError, parse_row
 from minimind_dpo.data.spans import chat_template
 from minimind_dpo.errors import UserError

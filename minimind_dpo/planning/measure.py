@@ -48,10 +48,7 @@ def process_bytes() -> float:
             )
         )
         model.save_pretrained(directory / "model")
-        code = (
-            "import sys, deepspeed; from minimind_dpo.errors import exit_code\n"
-            "from minimind_dpo.train import main\nsys.exit(exit_code(lambda: main(sys.argv[1:])))"
-        )
+        code = "import sys, deepspeed\nfrom minimind_dpo.train import main\nsys.exit(main(sys.argv[1:]))"
         return _run(
             [sys.executable, "-c", code],
             directory,

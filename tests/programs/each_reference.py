@@ -11,7 +11,6 @@ import sys
 
 from accelerate import Accelerator
 
-from minimind_dpo.errors import exit_code
 from minimind_dpo.train import main
 
 EXTRA = {"live": [], "cache": [], "offload": [], "adapter": ["--lora_r", "4"]}
@@ -21,6 +20,6 @@ Accelerator.end_training = lambda self: None  # type: ignore[method-assign]  # t
 code = 0
 for mode, extra in EXTRA.items():
     one = [*flags, "--reference", mode, "--output_dir", f"{root}/{mode}", *extra]
-    code = code or exit_code(lambda one=one: main(one))
+    code = code or main(one)
 end_training(Accelerator())
 sys.exit(code)

@@ -10,7 +10,7 @@ import signal
 import sys
 from typing import Any
 
-from minimind_dpo.errors import UserError, exit_code
+from minimind_dpo.errors import Ending, UserError
 from minimind_dpo.train import main
 from minimind_dpo.training import loop
 
@@ -30,4 +30,6 @@ def grief(run: Any, current: int, index: int) -> None:
 
 
 loop._seed = grief
-sys.exit(exit_code(lambda: main(sys.argv[4:])))
+with Ending() as ending:
+    ending.code = main(sys.argv[4:])
+sys.exit(ending.code)
