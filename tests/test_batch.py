@@ -124,7 +124,7 @@ def test_every_fast_way_equals_plain(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     rows = [random_row(generator, prefix=p, chosen=c, rejected=r, mask=mask) for p, c, r in lengths]
-    with mock.patch.object(head, "CHUNK_ELEMENTS", head_rows * VOCAB):
+    with mock.patch.object(head, "MOST_LOGITS", head_rows * VOCAB):
         fast = _score(kind, rows, layout, fast=True)
     for ours, oracle in zip(fast, _score(kind, rows, PLAIN, fast=False), strict=True):
         assert (ours - oracle).norm() <= 1e-5 * oracle.norm() + 1e-7

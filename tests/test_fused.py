@@ -118,14 +118,14 @@ def test_head_in_chunks(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     hidden, weight = _leaves((11, 8), (50, 8))
     targets = torch.arange(11) * 4
     expected = F.linear(hidden, weight).log_softmax(dim=-1)[range(11), targets]
-    monkeypatch.setattr(head, "CHUNK_ELEMENTS", rows * 50)
+    monkeypatch.setattr(head, "MOST_LOGITS", rows * 50)
     logps = token_logps(hidden, weight, targets)
     _close([logps, *_gradients(logps, [hidden, weight])], [expected, *_gradients(expected, [hidden, weight])])
 
 
 def test_head_keeps_no_more_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: dict[int, int] = {}
-    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 100 * 50)
+    monkeypatch.setattr(head, "MOST_LOGITS", 100 * 50)
     for count in (100, 101, 1000):
         hidden, weight = _leaves((count, 8), (50, 8))
         sizes: list[int] = []

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from minimind_dpo.cli import main as cli
 from minimind_dpo.data.batch import pack_pairs
 from minimind_dpo.models.adapters import add_adapters
-from minimind_dpo.models.fast.head import CHUNK_ELEMENTS
+from minimind_dpo.models.fast.head import MOST_LOGITS
 from minimind_dpo.objective.layout import PACKED, choose_layout
 from minimind_dpo.objective.scoring import PairScorer
 from minimind_dpo.planning import comparison
@@ -130,7 +130,7 @@ def test_logits_head_by_hand() -> None:
     """2 pairs of 2 x 100 tokens over 1000 words: 400 rows of 1000 in fp32; of 10^5 such rows no more than a chunk."""
     assert total(head_logits(BILLION, planned(pairs=2, length=100))) == 400 * 1000 * 4
     assert total(head_logits(BILLION, planned(pairs=2, length=100, prompt_share=0.5))) == 200 * 1000 * 4
-    assert total(head_logits(BILLION, planned(pairs=500, length=100))) == CHUNK_ELEMENTS * 4
+    assert total(head_logits(BILLION, planned(pairs=500, length=100))) == MOST_LOGITS * 4
 
 
 def test_blocks_are_sorted_by_size() -> None:

@@ -36,10 +36,10 @@ PAIRS, CHUNK = 23, 4  # six chunks, the last of three pairs
 
 @pytest.fixture(autouse=True)
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 4 pairs, segments of 2 chunks, batches of at most 60 tokens."""
+    """Chunks of 4 pairs, files of 2 chunks, batches of at most 60 tokens."""
     monkeypatch.setattr(reference_cache, "CHUNK_PAIRS", CHUNK)
-    monkeypatch.setattr(reference_cache, "SEGMENT_CHUNKS", 2)
-    monkeypatch.setattr(filling, "SEGMENT_CHUNKS", 2)
+    monkeypatch.setattr(reference_cache, "MERGED_CHUNKS", 2)
+    monkeypatch.setattr(filling, "MERGED_CHUNKS", 2)
     monkeypatch.setattr(filling.split_by_tokens, "__defaults__", (60,))
 
 
@@ -93,9 +93,9 @@ def fill(directory: Path, scorer: Scorer, pairs: Needed, stop: Callable[[], bool
 def contents(directory: Path, pairs: Needed) -> list[bytes]:
     """The bytes of every needed pair's values, looked up as training does."""
     cache = ReferenceCache(directory)
-    segments = cache.marked([pairs])
-    assert segments is not None
-    cache.open(segments)
+    names = cache.marked([pairs])
+    assert names is not None
+    cache.open(names)
     keys = [pair_key(pairs.data.dataset[int(position)]) for position in pairs.positions]
     assert cache.has(keys)
     return [value.tobytes() for value in cache.get(keys)]
@@ -108,7 +108,7 @@ def files(directory: Path, kind: str) -> list[Path]:
 def test_values_are_the_live_ones(tmp_path: Path, scorer: Scorer) -> None:
     rows = make_data()
     assert fill(tmp_path, scorer, needed(rows)) == PAIRS
-    assert not files(tmp_path, "chunk") and len(files(tmp_path, "segment")) == 3
+    assert not files(tmp_path, "chunk") and len(files(tmp_path, "merged")) == 3
     cache = ReferenceCache(tmp_path)
     cache.open(cache.marked([needed(rows)]) or [])
     batch = pack_pairs(rows[3:9])
@@ -137,7 +137,7 @@ def test_interrupted_anywhere(tmp_path: Path, scorer: Scorer, chunks: int) -> No
 
 @pytest.mark.parametrize("operations", range(16))
 def test_killed_between_files(tmp_path: Path, scorer: Scorer, monkeypatch: pytest.MonkeyPatch, operations: int) -> None:
-    """Of (two chunks, their segment, two deletions) three times and a marker only the first `operations` happened."""
+    """Of (two chunks, merged file, two deletions) three times and a marker only the first `operations` happened."""
     rows = needed(make_data())
     fill(tmp_path / "whole", scorer, rows)
     replace, unlink, done, chunks = os.replace, Path.unlink, count(), 0
@@ -194,24 +194,24 @@ def test_found_by_content_when_the_data_changed(tmp_path: Path, scorer: Scorer) 
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "not arrow"])
-def test_a_damaged_segment_is_computed_again(
+def test_a_damaged_file_is_computed_again(
     tmp_path: Path, scorer: Scorer, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     rows = needed(make_data())
     fill(tmp_path, scorer, rows)
     before = contents(tmp_path, rows)
-    segment = files(tmp_path, "segment")[1]
+    file = files(tmp_path, "merged")[1]
     if damage == "gone":
-        segment.unlink()
+        file.unlink()
     else:
-        segment.write_bytes(segment.read_bytes()[:-200] if damage == "cut" else b"?" * 999)
+        file.write_bytes(file.read_bytes()[:-200] if damage == "cut" else b"?" * 999)
     assert ReferenceCache(tmp_path).marked([rows]) is None
     assert "missing or damaged: every pair is looked up" in caplog.text
     assert 0 < fill(tmp_path, scorer, rows) <= 2 * CHUNK
     assert contents(tmp_path, rows) == before
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"segments": 3}', "[1]"])
+@pytest.mark.parametrize("text", ["", "{}", '{"files": 3}', "[1]"])
 def test_a_damaged_marker_means_looking(tmp_path: Path, scorer: Scorer, text: str) -> None:
     rows = needed(make_data())
     fill(tmp_path, scorer, rows)

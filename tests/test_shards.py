@@ -48,7 +48,7 @@ def test_a_hole_is_an_error(tmp_path: Path) -> None:
 def test_parts_are_bounded(tmp_path: Path) -> None:
     """Fragments of 3 x 4 x 4 = 48 bytes, parts closed at 50 bytes: two fragments a file."""
     parts = [fragment(f"p{index}", (4,), 0, [1, 2, 3, 4]) for index in range(5)]
-    assert len(write_fragments(tmp_path, 3, parts, part_bytes=50)) == 3
+    assert len(write_fragments(tmp_path, 3, parts, file_bytes=50)) == 3
     assert FragmentReader(tmp_path).shapes.keys() == {f"p{index}" for index in range(5)}
 
 

@@ -1,7 +1,7 @@
 """The tensors of a checkpoint: every rank writes what it holds, any number of ranks reads what it needs.
 
 A file holds fragments (`engine/fragments.py`) under keys `kind|name|start`; a fragment that a reader needs is put
-together from whatever fragments the writers held. Nothing is gathered, and no more than `PART_BYTES` is copied at a
+together from whatever fragments the writers held. Nothing is gathered, and no more than `FILE_BYTES` is copied at a
 time.
 """
 
@@ -19,13 +19,13 @@ from torch import Tensor
 
 from minimind_dpo.engine.fragments import Fragment
 
-PART_BYTES = 1 << 30
+FILE_BYTES = 1 << 30
 
 
 def write_fragments(
-    directory: Path, rank: int, fragments: Iterable[Fragment], part_bytes: int = PART_BYTES
+    directory: Path, rank: int, fragments: Iterable[Fragment], file_bytes: int = FILE_BYTES
 ) -> list[Path]:
-    """Write one rank's fragments as `state-RANK-PART.safetensors`, each about `part_bytes` large; the files."""
+    """Write one rank's fragments as `state-RANK-PART.safetensors`, each about `file_bytes` large; the files."""
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     written: list[Path] = []
@@ -44,14 +44,14 @@ def write_fragments(
             tensors[f"{kind}|{fragment.name}|{fragment.start}"] = state.detach().to("cpu", copy=True)
             size += state.numel() * state.element_size()
         shapes[fragment.name] = fragment.shape
-        if size >= part_bytes:
+        if size >= file_bytes:
             flush()
     if tensors:
         flush()
     return written
 
 
-class _Piece(NamedTuple):
+class _StoredFragment(NamedTuple):
     start: int
     length: int
     path: Path
@@ -59,7 +59,7 @@ class _Piece(NamedTuple):
 
 
 class FragmentReader:
-    """The tensors of one checkpoint, read piece by piece.
+    """The tensors of one checkpoint, read fragment by fragment.
 
     Attributes:
         shapes: of every parameter, by name.
@@ -68,7 +68,7 @@ class FragmentReader:
     def __init__(self, directory: Path):
         """Index every file of `directory`; their headers are read, not their tensors."""
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._pieces: dict[tuple[str, str], list[_Piece]] = {}
+        self._stored: dict[tuple[str, str], list[_StoredFragment]] = {}
         for path in sorted(directory.glob("state-*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 shapes = json.loads(file.metadata()["shapes"])
@@ -76,7 +76,7 @@ class FragmentReader:
                 for key in file.keys():
                     kind, name, start = key.split("|")
                     length = file.get_slice(key).get_shape()[0]
-                    self._pieces.setdefault((kind, name), []).append(_Piece(int(start), length, path, key))
+                    self._stored.setdefault((kind, name), []).append(_StoredFragment(int(start), length, path, key))
 
     def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
         """[length] values of one parameter's weight or moment from element `start` on, fp32 on the CPU.
@@ -86,12 +86,12 @@ class FragmentReader:
         """
         values = torch.empty(length)
         missing = length
-        for piece in self._pieces.get((kind, name), []):
-            first, last = max(start, piece.start), min(start + length, piece.start + piece.length)
+        for stored in self._stored.get((kind, name), []):
+            first, last = max(start, stored.start), min(start + length, stored.start + stored.length)
             if first < last:
-                with safe_open(piece.path, framework="pt") as file:
-                    values[first - start : last - start] = file.get_slice(piece.key)[
-                        first - piece.start : last - piece.start
+                with safe_open(stored.path, framework="pt") as file:
+                    values[first - start : last - start] = file.get_slice(stored.key)[
+                        first - stored.start : last - stored.start
                     ]
                 missing -= last - first
         if missing:

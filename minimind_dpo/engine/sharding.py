@@ -27,7 +27,7 @@ def local_values(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def whole(parameters: Iterable[Tensor], modify: bool = False) -> Iterator[None]:
+def gathered(parameters: Iterable[Tensor], modify: bool = False) -> Iterator[None]:
     """Gather partitioned parameters on every rank; with `modify` rank 0's changes reach all. Collective."""
     partitioned = [parameter for parameter in parameters if is_partitioned(parameter)]
     if not partitioned:

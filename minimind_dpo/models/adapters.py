@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from minimind_dpo.checkpoints.files import FragmentReader
-from minimind_dpo.engine.sharding import whole
+from minimind_dpo.engine.sharding import gathered
 from minimind_dpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -117,5 +117,5 @@ def merge_adapters(model: PreTrainedModel, reader: FragmentReader, scaling: floa
             layer = name.removesuffix(ends[0])
             weight = model.get_parameter(f"{layer}.weight")
             delta = reader.weight(layer + ends[1]) @ reader.weight(name) * scaling
-            with torch.no_grad(), whole([weight], modify=True):
+            with torch.no_grad(), gathered([weight], modify=True):
                 weight.copy_(weight.float() + delta)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTraine
 from transformers.initialization import no_init_weights
 
 from minimind_dpo.checkpoints.files import FragmentReader
-from minimind_dpo.engine.sharding import local_values, whole
+from minimind_dpo.engine.sharding import gathered, local_values
 from minimind_dpo.errors import UserError
 from minimind_dpo.files import is_raw_weights, looks_local
 from minimind_dpo.models.adapters import merge_adapters
@@ -131,7 +131,7 @@ def _load_checkpoint(
     for name, parameter in model.named_parameters():
         if name not in reader.shapes:
             raise UserError(f"{location}: this checkpoint holds no {name}; was a file of it removed?")
-        with torch.no_grad(), whole([parameter], modify=True):
+        with torch.no_grad(), gathered([parameter], modify=True):
             parameter.copy_(reader.weight(name))
     return model
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from minimind_dpo.engine.sharding import whole
+from minimind_dpo.engine.sharding import gathered
 from minimind_dpo.errors import UserError
 from minimind_dpo.models.overrides import apply_overrides
 from minimind_dpo.models.weights import (
@@ -74,7 +74,7 @@ def load_raw(
     model.tie_weights()
     # Every parameter is written once, in place: no second copy of the model, whatever the file's dtype.
     for name, parameter in model.state_dict(keep_vars=True).items():
-        with torch.no_grad(), whole([parameter], modify=True):
+        with torch.no_grad(), gathered([parameter], modify=True):
             for key, target in minimind_view({name: parameter}).items():
                 target.copy_(state[key])
     model.generation_config.pad_token_id = 0

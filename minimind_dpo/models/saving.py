@@ -15,7 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from minimind_dpo.engine.sharding import full_shape, whole
+from minimind_dpo.engine.sharding import full_shape, gathered
 from minimind_dpo.models.adapters import ADAPTER, has_adapters, merged_weights
 
 SHARD_BYTES = 4 << 30
@@ -33,16 +33,16 @@ def save_model(model: PreTrainedModel, directory: Path | None, shard_bytes: int 
     weights = list(merged_weights(model))
     shards = split_shards([(weight, _bytes(weight.parameter)) for weight in weights], shard_bytes)
 
-    def gathered() -> Iterator[dict[str, Tensor]]:
+    def shard_tensors() -> Iterator[dict[str, Tensor]]:
         for shard in shards:
             tensors = {}
             for weight in shard:
-                with whole(weight.parts()):
+                with gathered(weight.parts()):
                     if directory is not None:
                         tensors[weight.name] = weight.value().cpu().clone().contiguous()
             yield tensors
 
-    write_shards(model, gathered(), len(shards), directory)
+    write_shards(model, shard_tensors(), len(shards), directory)
     if directory is not None:
         describe_model(model, directory)
 
@@ -107,7 +107,7 @@ def describe_model(model: PreTrainedModel, directory: Path) -> None:
 
 def save_adapter(model: PreTrainedModel, directory: Path | None) -> None:
     """Write the LoRA matrices alone, as peft opens them; ranks that only help to gather give no directory."""
-    with whole([parameter for name, parameter in model.named_parameters() if "lora_" in name]):
+    with gathered([parameter for name, parameter in model.named_parameters() if "lora_" in name]):
         if directory is not None:
             model.save_pretrained(directory)
 

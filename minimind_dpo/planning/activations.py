@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from minimind_dpo.data.batch import PairSegment
 from minimind_dpo.models.fast.attention_cpu import keeps_weights, query_blocks
-from minimind_dpo.models.fast.head import CHUNK_ELEMENTS
+from minimind_dpo.models.fast.head import MOST_LOGITS
 from minimind_dpo.planning.allocation import Allocation, allocate
 from minimind_dpo.planning.run_shape import RunShape
 from minimind_dpo.planning.shape import ModelShape
@@ -145,5 +145,5 @@ def head_logits(shape: ModelShape, run: RunShape) -> list[Allocation]:
 
     Source: `models/fast/head.py`, which makes no more of them at a time.
     """
-    elements = min(run.scored * shape.vocab, CHUNK_ELEMENTS)
+    elements = min(run.scored * shape.vocab, MOST_LOGITS)
     return [allocate("logits head", [4 * elements, *([2 * elements] if run.bf16 else [])])]

@@ -3,11 +3,11 @@
 The directory of one reference under given numeric settings (`cache_directory`) holds
 
     chunk-*.arrow      64 pairs that were scored together, written while a cache is filled
-    segment-*.arrow    1024 chunks in one file; their own files go once it is there
-    complete/*.json    for a tokenised data set that was found or scored as a whole: the segments to look in
+    merged-*.arrow     1024 chunks in one file; their own files go once it is there
+    complete/*.json    for a tokenised data set that was found or scored as a whole: the merged files to look in
 
-Every file is written aside and renamed, so it is whole or absent. Segments never change and are never deleted, so any
-number of runs share a directory: at worst they score a pair twice, or keep the same values twice.
+Every file is written aside and renamed, so it is whole or absent. Merged files never change and are never deleted, so
+any number of runs share a directory: at worst they score a pair twice, or keep the same values twice.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from minimind_dpo.files import replacing, sweep, write_text
 logger = logging.getLogger(__name__)
 
 CHUNK_PAIRS = 64
-SEGMENT_CHUNKS = 1024
+MERGED_CHUNKS = 1024
 _FORMAT = 2  # raise it when files are laid out, or pairs are batched for scoring, differently
 _SCHEMA = pa.schema([("key", pa.binary(16)), ("logps", pa.list_(pa.float32()))])
 _KEY = "S16"  # numpy orders and compares these; it ignores trailing zeros, alike on both sides
@@ -91,7 +91,7 @@ class _File:
 
 
 class ReferenceCache:
-    """The files of one directory; pairs are looked up in those of its segments that were opened."""
+    """The files of one directory; pairs are looked up in those of its merged files that were opened."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -99,7 +99,7 @@ class ReferenceCache:
         (directory / "complete").mkdir(parents=True, exist_ok=True)
 
     def open(self, names: Sequence[str]) -> None:
-        """Map segments into memory; nothing is read. Those that are damaged or gone are passed by."""
+        """Map merged files into memory; nothing is read. Those that are damaged or gone are passed by."""
         self._files = [file for _, file in self._opened([self.directory / name for name in names])]
 
     def has(self, keys: Sequence[bytes]) -> bool:
@@ -136,31 +136,31 @@ class ReferenceCache:
         self._write(f"chunk-{name}.arrow", np.array(keys, dtype=_KEY), logps)
 
     def merge(self) -> list[str]:
-        """Put all chunks into segments, and only then delete their files; the names of all segments.
+        """Put all chunks into merged files, and only then delete their files; the names of all merged files.
 
         For one process of a run; another run may do the same at the same time.
         """
-        while paths := self._paths("chunk")[:SEGMENT_CHUNKS]:
+        while paths := self._paths("chunk")[:MERGED_CHUNKS]:
             opened = self._opened(paths)
             if opened:
                 keys = np.concatenate([file.keys for _, file in opened])
                 logps = [file.values(row) for _, file in opened for row in range(len(file.keys))]
                 name = hashlib.sha256(b"".join(path.name.encode() for path, _ in opened)).hexdigest()[:32]
-                self._write(f"segment-{name}.arrow", keys, logps)
+                self._write(f"merged-{name}.arrow", keys, logps)
             for path, _ in opened:
                 path.unlink(missing_ok=True)  # another run may have merged it too
-        return [path.name for path in self._paths("segment")]
+        return [path.name for path in self._paths("merged")]
 
     def finish(self, needed: Needed) -> None:
-        """Merge, and write down that the segments hold all of `needed`, so that the next run need not look."""
+        """Merge, and write down that the merged files hold all of `needed`, so that the next run need not look."""
         self.merge()
-        segments = {path.name: path.stat().st_size for path in self._paths("segment")}
+        sizes = {path.name: path.stat().st_size for path in self._paths("merged")}
         marker = self.directory / "complete" / f"{needed.names()[-1]}.json"
-        write_text(marker, json.dumps({"pairs": len(needed.positions), "segments": segments}))
+        write_text(marker, json.dumps({"pairs": len(needed.positions), "files": sizes}))
         sweep(self.directory)
 
     def marked(self, needed: Sequence[Needed]) -> list[str] | None:
-        """The segments that hold all of `needed`; None where that is not known, or no longer true."""
+        """The merged files that hold all of `needed`; None where that is not known, or no longer true."""
         parts = [self._marked(part) for part in needed]
         return None if None in parts else sorted({name for part in parts for name in part or ()})
 
@@ -168,14 +168,14 @@ class ReferenceCache:
         for marker in needed.names():
             path = self.directory / "complete" / f"{marker}.json"
             try:
-                segments = json.loads(path.read_text("utf-8"))["segments"]
-                wrong = [name for name, size in segments.items() if _size(self.directory / name) != size]
+                merged = json.loads(path.read_text("utf-8"))["files"]
+                wrong = [name for name, size in merged.items() if _size(self.directory / name) != size]
             except FileNotFoundError:
                 continue
             except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
                 wrong = [f"complete/{path.name} ({error!r})"]
             if not wrong:
-                return list(segments)
+                return list(merged)
             logger.warning(
                 "reference cache: %s in %s is missing or damaged: every pair is looked up, and computed "
                 "again where need be",

@@ -8,7 +8,7 @@ import json
 import torch
 from transformers import PreTrainedModel
 
-from minimind_dpo.engine.sharding import whole
+from minimind_dpo.engine.sharding import gathered
 
 
 def reference_digest(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
@@ -24,7 +24,7 @@ def reference_digest(model: PreTrainedModel, dtype: torch.dtype | None = None) -
         config.pop(volatile, None)
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        with whole([tensor]):
+        with gathered([tensor]):
             values = tensor.detach().to(dtype or tensor.dtype).cpu().contiguous()
         digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
         digest.update(values.view(-1).view(torch.uint8).numpy().data)

@@ -17,7 +17,7 @@ from minimind_dpo.engine.protocol import Engine
 from minimind_dpo.engine.ranks import on_main
 from minimind_dpo.errors import StoppedEarly, UserError
 from minimind_dpo.objective.layout import PairLayout
-from minimind_dpo.reference.cache import SEGMENT_CHUNKS, Needed, ReferenceCache
+from minimind_dpo.reference.cache import MERGED_CHUNKS, Needed, ReferenceCache
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +28,10 @@ _BATCH_TOKENS = 2048
 
 def open_complete(engine: Engine, cache: ReferenceCache, needed: Sequence[Needed]) -> bool:
     """Open the cache if it is known to hold all of `needed`, without a look at the pairs. Collective."""
-    segments = on_main(engine, lambda: cache.marked(needed))
-    if segments is None:
+    names = on_main(engine, lambda: cache.marked(needed))
+    if names is None:
         return False
-    cache.open(segments)
+    cache.open(names)
     logger.info(
         "reference cache: all %d pairs are in %s", sum(len(pairs.positions) for pairs in needed), cache.directory
     )
@@ -112,7 +112,7 @@ class CacheFiller:
                 stop()
             ):  # also keeps the ranks in step, so that none waits longer than a chunk takes
                 raise StoppedEarly("while computing reference log-probabilities")
-            if first - merged >= SEGMENT_CHUNKS and self.engine.is_main:
+            if first - merged >= MERGED_CHUNKS and self.engine.is_main:
                 self.cache.merge()  # what is complete by now; the others go on to their next chunk
                 merged = first
             rows = needed.rows(first + rank) if first + rank < needed.chunks() else []

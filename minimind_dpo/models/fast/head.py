@@ -1,8 +1,8 @@
 """Log-probabilities of given tokens from hidden states, without keeping what a vocabulary's logits would take.
 
 The largest tensors of a DPO step are logits: 4,000 counted tokens x 151,936 words x 4 bytes are 2.3 GiB, and autograd
-keeps several of that size. Here at most `CHUNK_ELEMENTS` of them exist at a time; in the backward pass a chunk's logits
-are computed again (a third more work for the head, none elsewhere). If all of them fit into one chunk, their softmax is
+keeps several of that size. Here at most `MOST_LOGITS` of them exist at a time; in the backward pass a slice's logits
+are computed again (a third more work for the head, none elsewhere). If all of them fit into one slice, their softmax is
 kept.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minimind_dpo.models.fast.precision import autocast
 
-CHUNK_ELEMENTS = 1 << 25  # 128 MiB of fp32 logits
+MOST_LOGITS = 1 << 25  # 128 MiB of fp32 logits
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -24,7 +24,7 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
-        rows = max(1, CHUNK_ELEMENTS // len(weight))
+        rows = max(1, MOST_LOGITS // len(weight))
         logps = hidden.new_empty(len(hidden), dtype=torch.float32)
         logsumexp, probabilities = torch.empty_like(logps), None
         for first in range(0, len(hidden), rows):
@@ -58,7 +58,7 @@ class _TokenLogps(torch.autograd.Function):
                 torch.mm(grad_logits, weight, out=grad_hidden[own])
             if ctx.needs_input_grad[1]:
                 if grad_weight is None:
-                    grad_weight = (grad_logits.t() @ hidden[own]).float()  # chunks add up in fp32
+                    grad_weight = (grad_logits.t() @ hidden[own]).float()  # slices add up in fp32
                 elif hidden.dtype == torch.float32:
                     grad_weight.addmm_(grad_logits.t(), hidden[own])
                 else:
