@@ -24,12 +24,9 @@ from minimind_dpo.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE
 
 # what arrives here -> what the workers get. A terminal's Ctrl-C reaches them without our help, and a second SIGINT
 # would interrupt them in the middle of a step, so it is passed on under another number.
-_PASSED_ON = {
-    signal.SIGTERM: signal.SIGTERM,
-    signal.SIGHUP: signal.SIGTERM,
-    signal.SIGINT: signal.SIGTERM,
-    signal.SIGUSR1: signal.SIGUSR1,
-}
+_PASSED_ON = {signal.SIGTERM: signal.SIGTERM, signal.SIGINT: signal.SIGTERM}
+if hasattr(signal, "SIGHUP"):  # Windows has neither of these
+    _PASSED_ON |= {signal.SIGHUP: signal.SIGTERM, signal.SIGUSR1: signal.SIGUSR1}
 
 
 def main(argv: list[str]) -> int:
@@ -100,7 +97,7 @@ def _pass_on(receiver: socket.socket, sender: socket.socket) -> None:
     while data := receiver.recv(1):
         number = signal.Signals(data[0])
         workers = psutil.Process().children()
-        if not workers and number != signal.SIGUSR1:
+        if not workers and _PASSED_ON.get(number) == signal.SIGTERM:
             os._exit(128 + number)
         send = signal.SIGKILL if interrupted and number == signal.SIGINT else _PASSED_ON.get(number, number)
         interrupted |= number == signal.SIGINT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 
 import torch
 
@@ -28,7 +29,9 @@ def _threads(processes: int) -> int:
     if asked and not (launched and asked == "1"):
         return torch.get_num_threads()
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    return max(1, len(os.sched_getaffinity(0)) // local_ranks)
+    # only Linux tells which cores this process may use
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // local_ranks)
 
 
 def _keep_freed_memory() -> None:
@@ -37,6 +40,8 @@ def _keep_freed_memory() -> None:
     By default it returns whatever exceeds 64 MiB there, most of a step's activations, and the next step pays for every
     page again: 3 to 4 % of its time. Blocks from `LARGE` on still go back at once. A user's own settings stay.
     """
+    if sys.platform != "linux":
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt is None or "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
         return

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from minimind_dpo.data.batch import PairBatch
 from minimind_dpo.data.order import StepPlan
 from minimind_dpo.objective.layout import PairLayout
+from minimind_dpo.training.signals import STOP_SIGNALS
 
 
 class LoadedStep(NamedTuple):
@@ -53,5 +54,5 @@ def load_steps(
 
 def _start_worker(_: int) -> None:
     """A signal to all of a job's processes is for the ranks to answer: a worker ends when its rank does."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

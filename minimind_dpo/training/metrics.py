@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import resource
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from minimind_dpo.engine.protocol import Engine
@@ -63,4 +64,9 @@ def _peak_resident_kib() -> int:
     status = Path("/proc/self/status")
     if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text("utf-8"))):
         return int(found[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset // 1024
+    import resource  # late: Windows has none
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // 1024 if sys.platform == "darwin" else peak  # macOS counts bytes

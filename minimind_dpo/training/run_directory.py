@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -61,13 +60,15 @@ def locked(directory: Path, patience: float = 30.0) -> Iterator[None]:
 def _lock(file: IO[str]) -> bool:
     """Take the lock of an open file; False where another process has it."""
     try:
+        import fcntl  # late: Windows has none
+
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+    except (ImportError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
-        logger.warning("%s: this file system knows no locks; take care that no other run uses the directory", file.name)
+        logger.warning("%s: no locks can be taken here; take care that no other run uses the directory", file.name)
     return True
 
 
