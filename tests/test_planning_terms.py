@@ -14,8 +14,8 @@ import pytest
 from helpers_planning import BILLION, planned, total
 
 from minimind_dpo.errors import UserError
-from minimind_dpo.planning import activations, configurations, phases, states
-from minimind_dpo.planning.allocation import Allocation
+from minimind_dpo.planning import activations, configurations, heap, phases, states
+from minimind_dpo.planning.allocation import LARGE, Allocation
 from minimind_dpo.planning.configurations import CONFIGURATIONS, ZeroSettings, configuration_name, read_zero
 from minimind_dpo.planning.peak import predict
 from minimind_dpo.planning.run_shape import RunShape
@@ -81,6 +81,13 @@ TERMS = [
     (phases.loaded_reference, SMALL, planned(3, reference="offload", world=4, bf16=True), 2 * 4000 / 4),
     (phases.flat_copy, LORA, planned(2), 4 * 200),
     (phases.flat_copy, LORA, planned(2, bf16=True), 0),
+    (heap.gathering_holes, LORA, planned(3, world=2, cpu=True), 2 * 4 * 4000),
+    (heap.gathering_holes, SMALL, planned(3, world=2, cpu=True), 0),
+    (heap.gathering_holes, LORA, planned(2, world=2, cpu=True), 0),
+    (heap.reference_holes, SMALL, planned(3, world=4, reference="live", cpu=True), 4 * 4000),
+    (heap.reference_holes, SMALL, planned(2, world=4, reference="offload", cpu=True), 4 * 4000 * 3 / 4),
+    (heap.reference_holes, SMALL, planned(2, world=4, reference="live", cpu=True), 0),
+    (heap.reference_holes, replace(SMALL, parameters=(LARGE, 8)), planned(3, reference="live", cpu=True), 4 * 8),
     (activations.norm_bytes, SMALL, FP32, 2 * (4 + 4) * 10),
     (activations.norm_bytes, PLAIN, FP32, 2 * (4 + 4 + 4) * 10),
     (activations.norm_bytes, SMALL, GPU, 2 * 4 * 10 + 5 * 2 * 10),
@@ -123,16 +130,22 @@ def test_terms_by_hand(
 
 
 def test_every_term_is_checked() -> None:
-    """Whatever states.py and activations.py give for a shape and a run, except for the yes and no of a norm."""
+    """Whatever three modules compute of a shape and a run, except for what other tests check."""
     found = {
         function.__name__
-        for module in (states, activations)
+        for module in (states, activations, heap)
         for function in vars(module).values()
         if getattr(function, "__module__", None) == module.__name__
         and list(getattr(function, "__annotations__", ())) == ["shape", "run", "return"]
     }
     checked = {term.__name__ for term, *_ in TERMS}
-    assert found - checked == {"reference_weights", "keeps_normalised", "mapped_bytes"}
+    assert found - checked == {"reference_weights", "keeps_normalised", "mapped_bytes", "_heap_weights"}
+
+
+def test_holes_are_a_share_of_the_activations() -> None:
+    alive = [Allocation("activations", 300, 90), Allocation("activations", 30), Allocation("weights", 1000)]
+    assert heap.activation_holes(SMALL, alive) == pytest.approx((300 + 30) / 3)
+    assert heap.activation_holes(LORA, alive) == pytest.approx(0.8 * (300 + 90 + 30))
 
 
 def test_large_inner_tensors_are_mapped() -> None:
