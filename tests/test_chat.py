@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from minimind_dpo.data.chat import Drop, TokenizedPair, encode_pair, load_tokenizer, shared_prefix_length, tokenize_pair
+from minimind_dpo.data.chat import (
+    DroppedRow,
+    TokenizedPair,
+    encode_pair,
+    load_tokenizer,
+    shared_prefix_length,
+    tokenize_pair,
+)
 from minimind_dpo.data.records import PreferencePair, RowError, parse_row
 from minimind_dpo.data.spans import chat_template
 from minimind_dpo.errors import UserError
@@ -224,7 +231,7 @@ def test_a_call_that_is_not_closed_is_a_counted_drop() -> None:
     tokenizer = with_template(template)
     pair = parse_row({"chosen": tool_talk(None), "rejected": [*tool_talk(None)[:-1], *say("assistant: no")]}, "f:1")
     done = tokenize_pair(pair, tokenizer, max_length=99, completion_mask="all_assistant")
-    assert isinstance(done, Drop) and done.reason == "template_hides_turns" and done.message.startswith("f:1: ")
+    assert isinstance(done, DroppedRow) and done.reason == "template_hides_turns" and done.message.startswith("f:1: ")
 
 
 def test_template_that_leaves_tool_calls_out_is_a_counted_drop() -> None:
@@ -236,7 +243,7 @@ def test_template_that_leaves_tool_calls_out_is_a_counted_drop() -> None:
         "f:1",
     )
     done = tokenize_pair(pair, tiny_tokenizer("llama3"), max_length=99, completion_mask="all_assistant")
-    assert isinstance(done, Drop) and done.reason == "template_hides_turns"
+    assert isinstance(done, DroppedRow) and done.reason == "template_hides_turns"
 
 
 def test_template_that_rewrites_earlier_turns_is_a_counted_drop() -> None:
@@ -245,7 +252,7 @@ def test_template_that_rewrites_earlier_turns_is_a_counted_drop() -> None:
     )
     done = tokenize_pair(parse_row(row("q", chosen="a longer answer"), "f:1"), tokenizer, max_length=99,
                          completion_mask="final_turn")  # fmt: skip
-    assert isinstance(done, Drop) and done.reason == "template_hides_turns"
+    assert isinstance(done, DroppedRow) and done.reason == "template_hides_turns"
 
 
 def test_refused_conversation_names_its_place() -> None:
@@ -288,7 +295,7 @@ def test_columns_travel_with_the_pair() -> None:
 @pytest.mark.parametrize("mask", ["all_assistant", "final_turn"])
 def test_pairs_without_signal_are_dropped(pair: dict[str, Any], reason: str, mask: str) -> None:
     drop = done(pair, max_length=64, mask=mask)
-    assert isinstance(drop, Drop)
+    assert isinstance(drop, DroppedRow)
     assert drop.reason == reason and drop.message.startswith("f.jsonl:3: ")
 
 

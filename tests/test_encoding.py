@@ -84,12 +84,12 @@ def first_characters(offsets: list[tuple[int, int]]) -> list[int]:
 
 def check(tokenizer: Any, texts: list[str], spans: list[list[tuple[int, int]]]) -> None:
     """Ids against those of each text by itself, masks against one question a token."""
-    for text, counted, encoded in zip(texts, spans, encode_texts(tokenizer, texts, spans), strict=True):
+    for text, counted, (ids, masked) in zip(texts, spans, encode_texts(tokenizer, texts, spans), strict=True):
         whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        assert encoded.ids == whole["input_ids"]
+        assert ids == whole["input_ids"]
         firsts = first_characters(whole["offset_mapping"])
         mask = [int(any(start <= first < end for start, end in counted)) for first in firsts]
-        assert encoded.mask == [0, *mask[1:]][: len(mask)]
+        assert masked == [0, *mask[1:]][: len(mask)]
 
 
 def check_talk(tokenizer: Any, turns: list[str], answers: tuple[str, str]) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 
 from minimind_dpo.config import TrainConfig
 from minimind_dpo.data.batch import pack_pairs, pair_key
-from minimind_dpo.data.tokenized import Report, TokenizedData
+from minimind_dpo.data.tokenized import DropReport, TokenizedData
 from minimind_dpo.engine.launcher import start_engine
 from minimind_dpo.engine.protocol import Engine
 from minimind_dpo.errors import StoppedEarly, UserError
@@ -72,7 +72,7 @@ def make_data(seed: int = 0, pairs: int = PAIRS) -> list[dict[str, Any]]:
 
 def needed(rows: list[dict[str, Any]], positions: Sequence[int] | None = None) -> Needed:
     digest = b"".join(map(pair_key, rows)).hex()
-    data = TokenizedData(Dataset.from_list(rows), np.zeros(len(rows)), digest, Report())
+    data = TokenizedData(Dataset.from_list(rows), np.zeros(len(rows)), digest, DropReport())
     return Needed(data, range(len(rows)) if positions is None else positions)
 
 

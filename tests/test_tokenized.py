@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from helpers_data import row, tiny_tokenizer, write_jsonl
 
-from minimind_dpo.data import cache, chunks, tokenized
-from minimind_dpo.data.chat import render_pair, shared_prefix_length, tokenize_pair
+from minimind_dpo.data import cache, processes, tokenized
+from minimind_dpo.data.chat import shared_prefix_length, tokenize_pair
 from minimind_dpo.data.records import RowError, parse_row
 from minimind_dpo.data.tokenized import tokenize_files
 from minimind_dpo.errors import UserError
@@ -38,9 +38,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def counting(pair: Any, *args: Any, **kwargs: Any) -> Any:
         seen.append(pair.place)
-        return render_pair(pair, *args, **kwargs)
+        return tokenize_pair(pair, *args, **kwargs)
 
-    monkeypatch.setattr(chunks, "render_pair", counting)
+    monkeypatch.setattr(processes, "tokenize_pair", counting)
     return seen
 
 
@@ -169,7 +169,7 @@ def test_no_usable_pair(tmp_path: Path) -> None:
 
 
 def test_any_number_of_processes_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenized, "_ROWS_PER_CHUNK", 8)
+    monkeypatch.setattr(tokenized, "_ROWS_PER_BLOCK", 8)
     rows = [row(f"question {i}", chosen=f"yes {i}" if i % 7 else "", rejected="no") for i in range(100)]
     path = write_jsonl(tmp_path / "f.jsonl", rows)
     alone = run(path, num_proc=1)
@@ -182,7 +182,7 @@ def test_any_number_of_processes_gives_the_same(tmp_path: Path, monkeypatch: pyt
 
 
 def test_processes_report_the_first_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenized, "_ROWS_PER_CHUNK", 4)
+    monkeypatch.setattr(tokenized, "_ROWS_PER_BLOCK", 4)
     path = write_jsonl(tmp_path / "f.jsonl", [*ROWS * 4, b"{", *ROWS, b"["])
     with pytest.raises(RowError, match=f"^{path}:21: broken JSON"):
         run(path, num_proc=2)

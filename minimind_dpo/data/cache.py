@@ -35,7 +35,7 @@ class FileDigest:
 
 
 def digest_file(file: DataFile) -> FileDigest:
-    """Reads a file, or the files behind a data set, as a stream."""
+    """The digest of a file, or of the files behind a data set, read as a stream."""
     digest, size, lines = hashlib.sha256(file.kind.encode()), 0, 0
     for path in [file.name] if file.dataset is None else _dataset_files(file.dataset, digest):
         with open(path, "rb") as handle:
@@ -79,7 +79,7 @@ def load(path: Path) -> tuple[Any, dict[str, Any]] | None:
 
 
 class Writer:
-    """Takes pairs and drops in order; writes the pairs' table as a stream and keeps count."""
+    """Write the table of pairs as a stream, from pairs and drops in order, and keep count."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow as pa
@@ -97,7 +97,7 @@ class Writer:
         self._examples: dict[str, tuple[int, int]] = {}
 
     def add(self, pair: TokenizedPair, file: int, row: int) -> None:
-        """Takes the next pair, which was read as row `row` of the source's file `file`."""
+        """Take the next pair, which was read as row `row` of the source's file `file`."""
         sides = [
             _numbers(pair.chosen_input_ids),
             _bits(pair.chosen_completion_mask),
@@ -116,7 +116,7 @@ class Writer:
             self._flush()
 
     def drop(self, reason: str, file: int, row: int) -> None:
-        """Counts a row that is left out."""
+        """Count a row that is left out."""
         self._dropped[reason] = self._dropped.get(reason, 0) + 1
         self._examples.setdefault(reason, (file, row))
 
@@ -131,7 +131,7 @@ class Writer:
         }
 
     def close(self) -> None:
-        """Ends the table."""
+        """End the table."""
         self._flush()
         self._table.close()
 
@@ -166,7 +166,7 @@ def _list_array(column: tuple[np.ndarray, ...], kind: Any) -> Any:
 
 @contextmanager
 def write(path: Path) -> Iterator[Writer]:
-    """Writes an entry beside its place and renames it there at the end, so that it is complete or absent.
+    """Write an entry beside its place and rename it there at the end, so that it is complete or absent.
 
     Of several processes that write the same entry the first wins; the others find an equal one and take it.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minimind_dpo.config import COMPLETION_MASKS
-from minimind_dpo.data.encoding import EncodedText, Span, encode_texts
+from minimind_dpo.data.encoding import Span, encode_texts
 from minimind_dpo.data.records import Message, PreferencePair, RowError
 from minimind_dpo.data.spans import SpanError, TemplateError, chat_template
 from minimind_dpo.errors import UserError
@@ -39,20 +38,22 @@ class TokenizedPair:
 
 
 @dataclass(frozen=True, slots=True)
-class Drop:
-    """Why a pair can't teach anything: a short reason to count by, and a sentence that begins with its place.
+class DroppedRow:
+    """Why a row became no pair: a short reason to count by, and a sentence that begins with its place.
 
-    Reasons: `empty_answer`, `no_completion_token`, `identical_sides`, `template_hides_turns`.
+    Reasons of pairs that can't teach anything: `empty_answer`, `no_completion_token`, `identical_sides`,
+    `template_hides_turns`. A row that is `malformed` has the reason of its `RowError`.
     """
 
     reason: str
     message: str
+    malformed: bool = False
 
 
 def tokenize_pair(
     pair: PreferencePair, tokenizer: Any, *, max_length: int, completion_mask: str
-) -> TokenizedPair | Drop:
-    """Tokenizes both sides of a pair, or says why the pair has no signal.
+) -> TokenizedPair | DroppedRow:
+    """Both sides of a pair as tokens, or why the pair has no signal.
 
     Args:
         pair: a validated pair.
@@ -63,66 +64,35 @@ def tokenize_pair(
 
     Raises:
         RowError: the chat template refuses the conversation, or the text can't be encoded.
-        UserError: the tokenizer can't do this at all.
+        UserError: no pair at all can be tokenized with this tokenizer or these settings.
     """
     try:
         tokenized = encode_pair(pair, tokenizer, max_length=max_length, completion_mask=completion_mask)
     except SpanError as error:
-        return hidden_turns(pair.place, error)
+        return DroppedRow("template_hides_turns", f"{pair.place}: can't tell where the answer lies: {error}")
     return find_drop(pair, tokenized) or tokenized
 
 
 def encode_pair(pair: PreferencePair, tokenizer: Any, *, max_length: int, completion_mask: str) -> TokenizedPair:
-    """Tokenizes both sides, whether or not the pair has a signal; as `tokenize_pair`, but raises `SpanError`."""
+    """Both sides of a pair as tokens, whether or not it has a signal; arguments and errors of `tokenize_pair`.
+
+    Raises:
+        SpanError: the chat template hides where a turn lies.
+    """
     check_settings(tokenizer, max_length, completion_mask)
-    rendered = render_pair(pair, tokenizer, completion_mask)
-    (encoded,) = encode_rendered([rendered], tokenizer)
-    if isinstance(encoded, RowError):
-        raise encoded
-    return finish_pair(rendered, encoded, max_length)
-
-
-@dataclass(frozen=True, slots=True)
-class RenderedPair:
-    """A pair's two texts, chosen and rejected, and in each the spans of the turns that count."""
-
-    pair: PreferencePair
-    texts: tuple[str, str]
-    spans: tuple[list[Span], list[Span]]
-
-
-EncodedPair = tuple[EncodedText, EncodedText]  # chosen, rejected
-
-
-def render_pair(pair: PreferencePair, tokenizer: Any, completion_mask: str) -> RenderedPair:
-    """The first of three steps: what the chat template makes of the pair. Raises as `encode_pair`."""
     first_turn = pair.prompt_messages if completion_mask == "final_turn" else 0
-    chosen, chosen_spans = _render(pair, pair.chosen, tokenizer, first_turn)
-    rejected, rejected_spans = _render(pair, pair.rejected, tokenizer, first_turn)
-    return RenderedPair(pair, (chosen, rejected), (chosen_spans, rejected_spans))
-
-
-def encode_rendered(rendered: Sequence[RenderedPair], tokenizer: Any) -> list[EncodedPair | RowError]:
-    """The second step, for many pairs at once: tokens, or the error of a pair whose text can't be encoded."""
-    texts = [text for item in rendered for text in item.texts]
-    spans = [counted for item in rendered for counted in item.spans]
+    texts, spans = zip(
+        *(_render(pair, side, tokenizer, first_turn) for side in (pair.chosen, pair.rejected)), strict=True
+    )
     try:
-        sides = encode_texts(tokenizer, texts, spans)
-    except (UnicodeEncodeError, TypeError) as error:
-        if len(rendered) == 1:
-            return [RowError("not_utf8", f"{rendered[0].pair.place}: the text can't be encoded: {error}")]
-        return [encode_rendered([item], tokenizer)[0] for item in rendered]
-    return list(zip(sides[::2], sides[1::2], strict=True))
-
-
-def finish_pair(rendered: RenderedPair, encoded: EncodedPair, max_length: int) -> TokenizedPair:
-    """The third step: ids and masks, cut to `max_length`."""
-    pair, (chosen, rejected) = rendered.pair, encoded
+        (chosen_ids, chosen_mask), (rejected_ids, rejected_mask) = encode_texts(tokenizer, texts, spans)
+    except (UnicodeEncodeError, TypeError) as error:  # the kind depends on the tokenizer
+        raise RowError("not_utf8", f"{pair.place}: the text can't be encoded: {error}") from None
     return TokenizedPair(
-        chosen_input_ids=chosen.ids[:max_length],
-        chosen_completion_mask=chosen.mask[:max_length],
-        rejected_input_ids=rejected.ids[:max_length],
-        rejected_completion_mask=rejected.mask[:max_length],
+        chosen_input_ids=chosen_ids[:max_length],
+        chosen_completion_mask=chosen_mask[:max_length],
+        rejected_input_ids=rejected_ids[:max_length],
+        rejected_completion_mask=rejected_mask[:max_length],
         weight=pair.weight,
         margin=pair.margin,
         id=pair.id,
@@ -130,26 +100,20 @@ def finish_pair(rendered: RenderedPair, encoded: EncodedPair, max_length: int) -
     )
 
 
-def find_drop(pair: PreferencePair, tokenized: TokenizedPair) -> Drop | None:
+def find_drop(pair: PreferencePair, tokenized: TokenizedPair) -> DroppedRow | None:
     """Why the pair has no signal, or None."""
     for name, messages, mask in (
         ("chosen", pair.chosen, tokenized.chosen_completion_mask),
         ("rejected", pair.rejected, tokenized.rejected_completion_mask),
     ):
         if _is_empty(messages[-1]):
-            return Drop("empty_answer", f"{pair.place}: the {name} answer is empty")
+            return DroppedRow("empty_answer", f"{pair.place}: the {name} answer is empty")
         if not any(mask):
-            return Drop(
-                "no_completion_token", f"{pair.place}: none of the {name} answer's tokens is left within max_length"
-            )
+            message = f"{pair.place}: none of the {name} answer's tokens is left within max_length"
+            return DroppedRow("no_completion_token", message)
     if tokenized.chosen_input_ids == tokenized.rejected_input_ids:
-        return Drop("identical_sides", f"{pair.place}: both sides have the same tokens (within max_length)")
+        return DroppedRow("identical_sides", f"{pair.place}: both sides have the same tokens (within max_length)")
     return None
-
-
-def hidden_turns(place: str, error: SpanError) -> Drop:
-    """The drop of a pair whose turns the template hides."""
-    return Drop("template_hides_turns", f"{place}: can't tell where the answer lies: {error}")
 
 
 def shared_prefix_length(first: npt.ArrayLike, second: npt.ArrayLike) -> int:
@@ -191,9 +155,7 @@ def load_tokenizer(name: str | os.PathLike[str], trust_remote_code: bool = False
     return tokenizer
 
 
-def _render(
-    pair: PreferencePair, messages: list[Message], tokenizer: Any, first_turn: int
-) -> tuple[str, list[tuple[int, int]]]:
+def _render(pair: PreferencePair, messages: list[Message], tokenizer: Any, first_turn: int) -> tuple[str, list[Span]]:
     """A conversation's text, and the spans of the assistant turns from message `first_turn` on."""
     if not tokenizer.chat_template:
         return _render_plain(pair, messages, tokenizer)
@@ -208,7 +170,7 @@ def _render(
         ) from None
 
 
-def _render_plain(pair: PreferencePair, messages: list[Message], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
+def _render_plain(pair: PreferencePair, messages: list[Message], tokenizer: Any) -> tuple[str, list[Span]]:
     if not pair.plain:
         raise UserError(
             f"{pair.place}: the tokenizer has no chat template, so it can't render conversations; give a "
@@ -225,7 +187,7 @@ def _is_empty(message: Message) -> bool:
 
 
 def check_settings(tokenizer: Any, max_length: int, completion_mask: str) -> None:
-    """Raises `UserError` for settings or a tokenizer that no pair can be tokenized with."""
+    """Raise `UserError` for settings or a tokenizer that no pair can be tokenized with."""
     if completion_mask not in COMPLETION_MASKS:
         raise UserError(f"completion_mask must be one of {', '.join(COMPLETION_MASKS)}, not '{completion_mask}'")
     if max_length < 2:

@@ -4,43 +4,34 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 Span = tuple[int, int]  # a range of characters, its end excluded
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedText:
-    """Token ids [T] of a text; the mask [T] is 1 for each token that begins in a span, except the text's first."""
-
-    ids: list[int]
-    mask: list[int]
-
-
-def encode_texts(tokenizer: Any, texts: Sequence[str], spans: Sequence[Sequence[Span]]) -> list[EncodedText]:
-    """What a fast tokenizer gives for each text as a whole, without special tokens added.
+def encode_texts(
+    tokenizer: Any, texts: Sequence[str], spans: Sequence[Sequence[Span]]
+) -> list[tuple[list[int], list[int]]]:
+    """Ids [T] and mask [T] of each text; the ids are the tokenizer's own for the whole text, no special tokens added.
 
     Args:
         tokenizer: a fast tokenizer of transformers.
         texts: [N] texts.
-        spans: [N] lists of the spans that count in each text, disjoint and sorted.
+        spans: for each text the spans in it that count, disjoint and sorted.
 
     Raises:
         UnicodeEncodeError, TypeError: a text holds half a surrogate pair.
     """
-    if not texts:
-        return []
     batch = tokenizer(
         list(texts),
         add_special_tokens=False,
         return_attention_mask=False,
         return_token_type_ids=False,
         return_offsets_mapping=True,
-        verbose=False,  # a text longer than the model's context is no reason to warn: `max_length` cuts it later
+        verbose=False,  # no warning of a text that is longer than the model's context: `max_length` cuts it later
     )
-    sides = zip(batch["input_ids"], batch["offset_mapping"], spans, strict=True)
-    return [EncodedText(ids, mask_tokens(offsets, counted)) for ids, offsets, counted in sides]
+    masks = map(mask_tokens, batch["offset_mapping"], spans)
+    return list(zip(batch["input_ids"], masks, strict=True))
 
 
 def mask_tokens(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:

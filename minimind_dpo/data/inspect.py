@@ -20,7 +20,7 @@ _GREEN, _RESET = "\033[32m", "\033[0m"
 
 
 def run_inspect(argv: list[str]) -> int:
-    """Shows the pair that `argv` asks for; returns the exit code 0.
+    """Show the pair that `argv` asks for; the exit code is 0.
 
     Raises:
         UserError: no such pair, a row that can't be used, or no tokenizer.

@@ -83,7 +83,7 @@ def parse_line(payload: bytes | dict[str, Any], place: str) -> PreferencePair:
 
 
 def parse_row(row: dict[str, Any], place: str) -> PreferencePair:
-    """Checks a row of any accepted form and turns it into a pair. Columns that are `None` count as absent.
+    """Check a row of any accepted form and turn it into a pair. Columns that are `None` count as absent.
 
     Raises:
         RowError: wrong keys, types, roles or values; the message starts with `place` and says what to do.

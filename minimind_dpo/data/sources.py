@@ -33,7 +33,7 @@ class DataFile:
 
 
 def read_pairs(source: str | list[str]) -> Iterator[PreferencePair]:
-    """Streams the pairs of a source in file order.
+    """Stream the pairs of a source in file order.
 
     Raises:
         RowError: at the first row that can't be used.
@@ -45,7 +45,7 @@ def read_pairs(source: str | list[str]) -> Iterator[PreferencePair]:
 
 
 def find_files(source: str | list[str]) -> list[DataFile]:
-    """Resolves a source, or a list of sources, in the given order; the matches of a glob are sorted by name.
+    """Resolve a source, or a list of sources, in the given order; the matches of a glob are sorted by name.
 
     Raises:
         UserError: nothing is found, or it is not of an accepted kind.

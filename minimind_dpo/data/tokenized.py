@@ -1,4 +1,4 @@
-"""Tokenizes preference data into a memory-mapped table, once for each content, and counts what it leaves out."""
+"""Tokenise preference data into a memory-mapped table, once for each content, and count what it leaves out."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from tqdm.auto import tqdm
 
 from minimind_dpo.config import BAD_ROW_POLICIES
 from minimind_dpo.data import cache
-from minimind_dpo.data.chat import TokenizedPair, load_tokenizer
-from minimind_dpo.data.chunks import Chunk, Settings, tokenize_chunks
+from minimind_dpo.data.chat import TokenizedPair, check_settings, load_tokenizer
+from minimind_dpo.data.processes import RowBlock, Settings, tokenize_blocks
 from minimind_dpo.data.records import RowError, logger
 from minimind_dpo.data.sources import DataFile, count_rows, find_files, read_rows
 from minimind_dpo.errors import UserError
 
-__all__ = ["Report", "TokenizedData", "load_tokenizer", "tokenize_files"]
+__all__ = ["DropReport", "TokenizedData", "load_tokenizer", "tokenize_files"]
 
-_ROWS_PER_CHUNK = 128
+_ROWS_PER_BLOCK = 128
 _BYTES_PER_PROCESS = 2 << 20  # smaller data is done before a second process has started (about 1 s)
 
 
 @dataclass(slots=True)
-class Report:
+class DropReport:
     """What became of the rows: how many were read and kept, and per reason how many dropped and where the first."""
 
     rows: int = 0
@@ -39,8 +39,8 @@ class Report:
     def __str__(self) -> str:
         text = f"kept {self.kept} of {self.rows} pairs"
         reasons = sorted(self.dropped, key=lambda reason: -self.dropped[reason])
-        told = [f"{self.dropped[reason]} {reason} (first: {self.examples[reason]})" for reason in reasons]
-        return f"{text}; dropped {self.rows - self.kept}: {', '.join(told)}" if told else text
+        counts = [f"{self.dropped[reason]} {reason} (first: {self.examples[reason]})" for reason in reasons]
+        return f"{text}; dropped {self.rows - self.kept}: {', '.join(counts)}" if counts else text
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class TokenizedData:
     dataset: Any
     tokens: np.ndarray
     digest: str
-    report: Report
+    report: DropReport
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -71,7 +71,7 @@ def tokenize_files(
     on_bad_row: str,
     num_proc: int | None = None,
 ) -> TokenizedData:
-    """Tokenizes a source of preference pairs, or takes them from the cache of an earlier call.
+    """Tokenise a source of preference pairs, or take them from the cache of an earlier call.
 
     The cache lies in `$MINIMIND_DPO_CACHE` (default `~/.cache/minimind_dpo`) and is addressed by content: the files'
     bytes, the tokenizer and the settings. Memory use doesn't grow with the number of pairs.
@@ -92,6 +92,7 @@ def tokenize_files(
     """
     if on_bad_row not in BAD_ROW_POLICIES:
         raise UserError(f"on_bad_row must be one of {', '.join(BAD_ROW_POLICIES)}, not '{on_bad_row}'")
+    check_settings(tokenizer, max_length, completion_mask)
     files = tuple(find_files(source))
     settings = Settings(max_length, completion_mask, on_bad_row)
     content = [cache.digest_file(file) for file in files]
@@ -123,27 +124,26 @@ def _tokenize_into(
 ) -> None:
     bar = tqdm(total=rows, desc="tokenizing", unit=" pairs", disable=None if _is_first_rank() else True)
     with bar:
-        for chunk, outcomes in tokenize_chunks(_chunks(files), tokenizer, settings, processes):
-            for (file, row, _, _), outcome in zip(chunk, outcomes, strict=True):
-                if isinstance(outcome, TokenizedPair):
-                    writer.add(outcome, file, row)
-                    continue
-                drop, malformed = outcome
-                if settings.on_bad_row == "fail" or (malformed and settings.on_bad_row == "auto"):
-                    raise RowError(drop.reason, f"{drop.message} (on_bad_row: drop leaves such rows out)")
-                writer.drop(drop.reason, file, row)
-            bar.update(len(chunk))
+        for block, tokenized in tokenize_blocks(_blocks(files), tokenizer, settings, processes):
+            for (file, row, _, _), pair in zip(block, tokenized, strict=True):
+                if isinstance(pair, TokenizedPair):
+                    writer.add(pair, file, row)
+                elif settings.on_bad_row == "fail" or (pair.malformed and settings.on_bad_row == "auto"):
+                    raise RowError(pair.reason, f"{pair.message} (on_bad_row: drop leaves such rows out)")
+                else:
+                    writer.drop(pair.reason, file, row)
+            bar.update(len(block))
     report = _report(writer.meta(), files)
     if not report.kept:
         raise UserError(f"no usable pair in {', '.join(file.name for file in files)}: {report}")
 
 
-def _chunks(files: tuple[DataFile, ...]) -> Iterator[Chunk]:
+def _blocks(files: tuple[DataFile, ...]) -> Iterator[RowBlock]:
     rows = (
         (number, row, file.place(row), payload) for number, file in enumerate(files) for row, payload in read_rows(file)
     )
-    while chunk := list(islice(rows, _ROWS_PER_CHUNK)):
-        yield chunk
+    while block := list(islice(rows, _ROWS_PER_BLOCK)):
+        yield block
 
 
 def _add_places(files: tuple[DataFile, ...], batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -153,9 +153,9 @@ def _add_places(files: tuple[DataFile, ...], batch: dict[str, list[Any]]) -> dic
     return batch | {"place": [files[file].place(row) for file, row in numbers]}
 
 
-def _report(meta: dict[str, Any], files: tuple[DataFile, ...]) -> Report:
+def _report(meta: dict[str, Any], files: tuple[DataFile, ...]) -> DropReport:
     examples = {reason: files[file].place(row) for reason, (file, row) in meta["examples"].items()}
-    return Report(rows=meta["rows"], kept=meta["kept"], dropped=dict(meta["dropped"]), examples=examples)
+    return DropReport(rows=meta["rows"], kept=meta["kept"], dropped=dict(meta["dropped"]), examples=examples)
 
 
 def _total_rows(files: tuple[DataFile, ...], content: list[cache.FileDigest]) -> int | None:

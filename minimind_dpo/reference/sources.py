@@ -60,7 +60,7 @@ class AdapterReference:
 
 
 class CachedReference:
-    """Reads every pair's log-probabilities from a filled cache."""
+    """Every pair's log-probabilities, read from a filled cache."""
 
     def __init__(self, cache: ReferenceCache):
         self.cache = cache

@@ -1,0 +1,90 @@
+"""Blocks of rows turned into tokenized pairs, in this process or in several."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import chain, islice
+from multiprocessing import get_context
+from typing import Any
+
+from minimind_dpo.data.chat import DroppedRow, TokenizedPair, tokenize_pair
+from minimind_dpo.data.records import RowError, logger, parse_line
+
+RowBlock = list[tuple[int, int, str, bytes | dict[str, Any]]]  # file, row, place, undecoded row
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What decides how a row is tokenized; part of the cache's key."""
+
+    max_length: int
+    completion_mask: str
+    on_bad_row: str
+
+
+def tokenize_blocks(
+    blocks: Iterator[RowBlock], tokenizer: Any, settings: Settings, processes: int
+) -> Iterator[tuple[RowBlock, list[TokenizedPair | DroppedRow]]]:
+    """Each block with what its rows became, in order, whatever the number of processes."""
+    # The first block is always done here: small data never pays for processes, and notices are given once.
+    for block in islice(blocks, 1 if processes > 1 else None):
+        yield block, tokenize_block(block, tokenizer, settings)
+    if processes > 1 and (second := next(blocks, None)):
+        pool = ProcessPoolExecutor(processes, get_context("spawn"), _start, (tokenizer, settings))
+        try:
+            yield from _in_order(pool, chain([second], blocks), 3 * processes)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def tokenize_block(block: RowBlock, tokenizer: Any, settings: Settings) -> list[TokenizedPair | DroppedRow]:
+    """What becomes of each row of a block.
+
+    Raises:
+        UserError: no row at all can be tokenized with this tokenizer or these settings.
+    """
+    return [_tokenize_row(payload, place, tokenizer, settings) for _, _, place, payload in block]
+
+
+def _tokenize_row(
+    payload: bytes | dict[str, Any], place: str, tokenizer: Any, settings: Settings
+) -> TokenizedPair | DroppedRow:
+    try:
+        pair = parse_line(payload, place)
+        return tokenize_pair(pair, tokenizer, max_length=settings.max_length, completion_mask=settings.completion_mask)
+    except RowError as error:
+        return DroppedRow(error.reason, str(error), malformed=True)
+
+
+def _in_order(
+    pool: Executor, blocks: Iterable[RowBlock], most: int
+) -> Iterator[tuple[RowBlock, list[TokenizedPair | DroppedRow]]]:
+    """Keep `most` blocks in work: bounded, so that a fast reader doesn't fill the memory."""
+    pending: deque[tuple[RowBlock, Future[list[TokenizedPair | DroppedRow]]]] = deque()
+    for block in blocks:
+        pending.append((block, pool.submit(_tokenize_here, block)))
+        if len(pending) > most:
+            done, future = pending.popleft()
+            yield done, future.result()
+    for done, future in pending:
+        yield done, future.result()
+
+
+_started_with: tuple[Any, Settings] | None = None  # in a process of the pool: its tokenizer and settings
+
+
+def _start(tokenizer: Any, settings: Settings) -> None:
+    global _started_with
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _started_with = tokenizer, settings
+    logger.setLevel(logging.ERROR)  # the parent has given the notices
+
+
+def _tokenize_here(block: RowBlock) -> list[TokenizedPair | DroppedRow]:
+    assert _started_with is not None
+    return tokenize_block(block, *_started_with)
