@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from minimind_dpo.data import records, sources
 from minimind_dpo.data.records import PreferencePair, RowError, parse_line, parse_row, shared_length
-from minimind_dpo.data.sources import count_rows, find_files, read_pairs, read_rows
+from minimind_dpo.data.sources import count_rows, find_files, read_rows
 from minimind_dpo.errors import UserError
 
 
@@ -140,6 +141,13 @@ def test_unknown_columns_are_noticed_once(caplog: pytest.LogCaptureFixture) -> N
 
 
 ROWS = [row(f"question {i}", chosen=f"yes {i} 你好", rejected=f"no\n{i}") for i in range(600)]
+
+
+def read_pairs(source: str | list[str]) -> Iterator[PreferencePair]:
+    """The pairs of a source in file order, as tokenising reads them."""
+    for file in find_files(source):
+        for number, payload in read_rows(file):
+            yield parse_line(payload, file.place(number))
 
 
 def places(source: Any) -> list[str]:

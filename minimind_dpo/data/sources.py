@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minimind_dpo.data.records import PreferencePair, parse_line
 from minimind_dpo.errors import UserError
 from minimind_dpo.files import looks_local
 
@@ -30,18 +29,6 @@ class DataFile:
     def place(self, row: int) -> str:
         """Where row `row` stands: a line of a text file, a row of a table; both count from 1."""
         return f"{self.name}:{row}" if self.kind in ("jsonl", "json") else f"{self.name}:row {row}"
-
-
-def read_pairs(source: str | list[str]) -> Iterator[PreferencePair]:
-    """Stream the pairs of a source in file order.
-
-    Raises:
-        RowError: at the first row that can't be used.
-        UserError: the source can't be found or read.
-    """
-    for file in find_files(source):
-        for row, payload in read_rows(file):
-            yield parse_line(payload, file.place(row))
 
 
 def find_files(source: str | list[str]) -> list[DataFile]:
