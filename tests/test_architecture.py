@@ -76,6 +76,20 @@ def test_imports_run_one_way(name: str) -> None:
     assert not later, f"{name} imports {later}, which come later"
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_late_import_says_why(name: str) -> None:
+    """In its own line, or above the block of imports that it is part of."""
+    lines = (PACKAGE / name).read_text("utf-8").splitlines()
+    tree = ast.parse("\n".join(lines))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    for node in (inner for function in functions for inner in ast.walk(function)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            above = node.lineno - 2
+            while lines[above].lstrip().startswith(("from ", "import ")):
+                above -= 1
+            assert any("#" in lines[place] for place in (node.lineno - 1, above)), f"{name}:{node.lineno}"
+
+
 def test_there_are_no_circles() -> None:
     """Every module can be taken off once all that it imports is gone."""
     graph = {

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from minimind_dpo.data.chat import TokenizedPair, shared_prefix_length
 from minimind_dpo.data.sources import DataFile
@@ -67,7 +68,7 @@ def entry(key: str) -> Path:
 
 def load(path: Path) -> tuple[Any, dict[str, Any]] | None:
     """The memory-mapped data set and the meta data of an entry; None if it is absent or damaged."""
-    import datasets
+    import datasets  # late: it takes a second, which nothing else here needs
 
     try:
         meta = json.loads((path / _META).read_text(encoding="utf-8"))
@@ -82,8 +83,6 @@ class Writer:
     """Write the table of pairs as a stream, from pairs and drops in order, and keep count."""
 
     def __init__(self, path: Path) -> None:
-        import pyarrow as pa
-
         ids, mask = pa.list_(pa.int32()), pa.list_(pa.int8())
         sides = list(zip(_SIDES, [ids, mask] * 2, strict=True))
         values = [("weight", pa.float64()), ("margin", pa.float64()), ("id", pa.string())]
@@ -136,8 +135,6 @@ class Writer:
         self._table.close()
 
     def _flush(self) -> None:
-        import pyarrow as pa
-
         if not self._waiting:
             return
         columns = [
@@ -157,8 +154,6 @@ def _bits(values: list[int]) -> np.ndarray:
 
 
 def _list_array(column: tuple[np.ndarray, ...], kind: Any) -> Any:
-    import pyarrow as pa
-
     offsets = np.cumsum([0, *map(len, column)]).astype(np.int32)
     values = np.concatenate(column).astype(kind.value_type.to_pandas_dtype())
     return pa.ListArray.from_arrays(offsets, values, type=kind)

@@ -130,7 +130,7 @@ def load_tokenizer(name: str | os.PathLike[str], trust_remote_code: bool = False
     Raises:
         UserError: there is none, or it is not a fast tokenizer (character offsets are needed for masks).
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer  # late: it takes seconds, which a wrong path need not wait for
 
     path = Path(name).expanduser()
     if path.is_file():

@@ -91,7 +91,7 @@ def _data_file(path: Path) -> DataFile:
 
 
 def _saved_dataset(path: Path) -> DataFile:
-    import datasets
+    import datasets  # late: it takes a second, which files of text do without
 
     if not any((path / marker).exists() for marker in ("dataset_dict.json", "state.json")):
         raise UserError(
@@ -113,7 +113,7 @@ def _saved_dataset(path: Path) -> DataFile:
 
 
 def _hub_dataset(name: str) -> DataFile:
-    import datasets
+    import datasets  # late: it takes a second, which files of text do without
 
     try:
         return DataFile(name, "dataset", datasets.load_dataset(name, split="train"))
@@ -190,6 +190,7 @@ def _broken_array(file: DataFile, line: int, message: str) -> UserError:
 
 
 def _open_parquet(name: str) -> Any:
+    # late: files of text do without
     import pyarrow
     import pyarrow.parquet
 
@@ -200,7 +201,7 @@ def _open_parquet(name: str) -> Any:
 
 
 def _read_parquet(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
-    import pyarrow
+    import pyarrow  # late: files of text do without
 
     table, number = _open_parquet(file.name), 0
     try:

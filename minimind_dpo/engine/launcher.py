@@ -11,13 +11,13 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from minimind_dpo.config import TrainConfig
 from minimind_dpo.engine.cpu import set_up_cpu
+from minimind_dpo.engine.plain import Plain
 from minimind_dpo.engine.protocol import Engine
 from minimind_dpo.engine.trackers import check_trackers
 from minimind_dpo.errors import UserError
 
 if TYPE_CHECKING:
     from minimind_dpo.engine.deepspeed import DeepSpeed
-    from minimind_dpo.engine.plain import Plain
 
 
 def start_engine(config: TrainConfig) -> Engine:
@@ -55,13 +55,11 @@ def start_engine(config: TrainConfig) -> Engine:
 
 
 def _engine_class(uses_deepspeed: bool) -> type[Plain] | type[DeepSpeed]:
-    """Another engine takes its line here. Each is imported where it is used: DeepSpeed takes seconds."""
+    """The class that drives the policy; another engine takes its line here."""
     if uses_deepspeed:
-        from minimind_dpo.engine.deepspeed import DeepSpeed
+        from minimind_dpo.engine.deepspeed import DeepSpeed  # late: it takes seconds, and is for Linux only
 
         return DeepSpeed
-    from minimind_dpo.engine.plain import Plain
-
     return Plain
 
 

@@ -33,7 +33,7 @@ def gathered(parameters: Iterable[Tensor], modify: bool = False) -> Iterator[Non
     if not partitioned:
         yield
         return
-    import deepspeed
+    import deepspeed  # late: where it is not used, or not installed, no parameter is partitioned
 
     with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if modify else None):
         yield

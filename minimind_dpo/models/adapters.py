@@ -30,7 +30,7 @@ def add_adapters(
         r: rank of the matrices.
         alpha: their product is scaled by `alpha / r`.
         dropout: probability of dropping an input of theirs.
-        target_modules: names of the linear layers, or the ends of their names; all but the output layer by default.
+        target_modules: names of the linear layers, or the ends of their names; all except the output layer by default.
         base: where the model came from, noted for those who open the adapter.
         seed: of their start, the same on every rank.
 

@@ -73,7 +73,8 @@ def is_finite(value: Any) -> TypeGuard[float]:
 
 def _svg(title: str, lines: list[tuple[str, str, Series]], extra: Callable[[Axes], None] | None) -> str:
     """One small line chart; text stays text and takes the page's own colour, so that it follows dark mode."""
-    import matplotlib  # late: only the one rank that writes a report draws
+    # late: only the one rank that writes a report draws
+    import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 

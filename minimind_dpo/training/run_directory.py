@@ -154,7 +154,7 @@ def _summary(run: Run, lines: list[dict[str, Any]], peak_memory: float) -> dict[
 
 @contextmanager
 def _replacing_on_main(engine: Engine, final: Path) -> Iterator[Path | None]:
-    """A directory that takes the place of `final` once it is written; None on all but the main process."""
+    """A directory that takes the place of `final` once it is written; None on every other process than the main one."""
     if not engine.is_main:
         yield None
         return

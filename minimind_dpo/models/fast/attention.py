@@ -165,7 +165,7 @@ def varlen_attention(
     The row is already the queries' order; the keys of a rejected branch are its prefix again and its own. Causal
     there means bottom-right, which is what a branch needs. Half precision on a GPU only.
     """
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention.varlen import varlen_attn  # late: for GPUs only
 
     plan = _varlen_plan(segments, query.device)
     left = -1 if window is None else window - 1
