@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from minimind_dpo import load_model
 from minimind_dpo.checkpoints.files import FragmentReader, write_fragments
+from minimind_dpo.checkpoints.state import TrainerState, check_identity
 from minimind_dpo.cli import main as cli
 from minimind_dpo.engine.fragments import Fragment
 from minimind_dpo.engine.launched import evenly_divided
@@ -121,3 +122,11 @@ def test_a_checkpoint_exports_as_the_model_of_its_step(tmp_path: Path, lora: dic
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     assert (tmp_path / "run" / "adapter" / "adapter_config.json").is_file() == bool(lora)
     assert not (tmp_path / "run" / "model" / "adapter_config.json").exists()
+
+
+def test_a_setting_that_a_checkpoint_does_not_know_had_its_default() -> None:
+    saved, now = TrainerState(identity={"beta": 0.1}), TrainerState(identity={"beta": 0.1, "new": "usual"})
+    check_identity(saved, now, Path("step-000001"), defaults={"new": "usual"})
+    now.identity["new"] = "other"
+    with pytest.raises(UserError, match="new: was usual, is other"):
+        check_identity(saved, now, Path("step-000001"), defaults={"new": "usual"})

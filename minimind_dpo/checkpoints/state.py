@@ -42,16 +42,23 @@ def write_state(state: TrainerState, checkpoint: Path) -> None:
     (checkpoint / STATE).write_text(json.dumps(dataclasses.asdict(state), indent=1), "utf-8")
 
 
-def check_identity(saved: TrainerState, now: TrainerState, checkpoint: Path) -> None:
+def check_identity(
+    saved: TrainerState, now: TrainerState, checkpoint: Path, defaults: dict[str, Any] | None = None
+) -> None:
     """Refuse to continue another run's checkpoint.
+
+    Args:
+        saved: the state in the checkpoint.
+        now: of the run that is to continue it.
+        checkpoint: for the message.
+        defaults: what a checkpoint had that was written before there was such a setting, by its name.
 
     Raises:
         UserError: naming each thing that differs, with its old and its new value.
     """
+    then = (defaults or {}) | saved.identity
     changed = [
-        f"{name}: was {saved.identity.get(name)}, is {value}"
-        for name, value in now.identity.items()
-        if saved.identity.get(name) != value
+        f"{name}: was {then.get(name)}, is {value}" for name, value in now.identity.items() if then.get(name) != value
     ]
     if changed:
         raise UserError(

@@ -183,7 +183,7 @@ def _state(
     if checkpoint is None:
         return state
     saved = read_state(checkpoint)
-    check_identity(saved, state, checkpoint)
+    check_identity(saved, state, checkpoint, defaults=identity(TrainConfig()))
     if saved.total_steps != data.steps:
         logger.warning(
             "the run now has %d steps, not %d: from here on the learning rate follows the new length",
