@@ -19,6 +19,7 @@ from minimind_dpo.data.chat import TokenizedPair, check_settings, load_tokenizer
 from minimind_dpo.data.processes import RowBlock, Settings, tokenize_blocks
 from minimind_dpo.data.records import RowError, logger
 from minimind_dpo.data.sources import DataFile, count_rows, find_files, read_rows
+from minimind_dpo.engine.cpu import available_cores
 from minimind_dpo.errors import UserError
 
 __all__ = ["DropReport", "TokenizedData", "load_tokenizer", "tokenize_files"]
@@ -167,8 +168,7 @@ def _total_rows(files: tuple[DataFile, ...], content: list[cache.FileDigest]) ->
 
 
 def _worthwhile_processes(size: int) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, 16, size // _BYTES_PER_PROCESS))
+    return max(1, min(available_cores(), 16, size // _BYTES_PER_PROCESS))
 
 
 def _is_first_rank() -> bool:

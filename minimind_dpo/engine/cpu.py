@@ -29,9 +29,12 @@ def _threads(processes: int) -> int:
     if asked and not (launched and asked == "1"):
         return torch.get_num_threads()
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    # only Linux tells which cores this process may use
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // local_ranks)
+    return max(1, available_cores() // local_ranks)
+
+
+def available_cores() -> int:
+    """Cores that this process may use, which only Linux tells; elsewhere all of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _keep_freed_memory() -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import psutil
 import torch
 from transformers.utils.logging import disable_progress_bar
 
@@ -81,7 +82,7 @@ def _setup(run: RunShape) -> dict[str, Any]:
 def _available(cpu: bool, device: float | None, host: float | None) -> dict[str, float | None]:
     """GiB of a device and of a machine, as told or as found here; None where nothing tells."""
     if host is None:
-        host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+        host = psutil.virtual_memory().total / GIB
     if device is None and not cpu and torch.cuda.is_available():
         device = torch.cuda.mem_get_info(0)[1] / GIB
     return {"device": host if cpu else device, "host": host}
