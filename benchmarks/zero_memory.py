@@ -61,7 +61,7 @@ def live_bytes(model: torch.nn.Module) -> int:
 
 def measure(hidden_size: int) -> None:
     """Train one step on this rank and print the bytes a parameter it holds."""
-    config = make_config({"model_name_or_path": "none", "train_data": ["none"], "output_dir": "none"})
+    config = make_config({"model_name_or_path": "none", "train_data": ["unused"], "output_dir": "none"})
     engine = start_engine(config)
     shape = LlamaConfig(
         vocab_size=6400,

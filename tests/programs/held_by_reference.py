@@ -37,7 +37,7 @@ class Watch(TorchDispatchMode):
 
 
 def main() -> None:
-    config = make_config({"model_name_or_path": sys.argv[1], "train_data": ["none"], "output_dir": sys.argv[2]})
+    config = make_config({"model_name_or_path": sys.argv[1], "train_data": ["unused"], "output_dir": sys.argv[2]})
     engine = start_engine(config)
     with engine.loading_reference(offload=True):
         model = load_model(sys.argv[1])
