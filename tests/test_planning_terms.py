@@ -139,13 +139,28 @@ def test_every_term_is_checked() -> None:
         and list(getattr(function, "__annotations__", ())) == ["shape", "run", "return"]
     }
     checked = {term.__name__ for term, *_ in TERMS}
-    assert found - checked == {"reference_weights", "keeps_normalised", "mapped_bytes", "_heap_weights"}
+    assert found - checked == {
+        "reference_weights",
+        "keeps_normalised",
+        "mapped_bytes",
+        "heap_holes",
+        "activation_holes",
+        "_heap_weights",
+    }
 
 
 def test_holes_are_a_share_of_the_activations() -> None:
-    alive = [Allocation("activations", 300, 90), Allocation("activations", 30), Allocation("weights", 1000)]
-    assert heap.activation_holes(SMALL, alive) == pytest.approx((300 + 30) / 3)
-    assert heap.activation_holes(LORA, alive) == pytest.approx(0.8 * (300 + 90 + 30))
+    """As many where they are made layer by layer; what is mapped leaves holes with LoRA only."""
+    kept, working = 14 * 744 + 14 * 384 + 12 * 360 + (4 * 14 + 4 * 4 * 12) * 10, 2 * 4 * 14 * 30
+    assert heap.activation_holes(SMALL, FP32) == pytest.approx((kept + working) / 3)
+    assert heap.activation_holes(SMALL, replace(FP32, checkpointing=True)) == pytest.approx((kept + working) / 3)
+    lora = 2 * 14 * 4 * 2  # of two layers
+    assert heap.activation_holes(LORA, FP32) == pytest.approx(0.8 * (kept + lora + working))
+    run = planned(pairs=4, length=1025, cpu=True)
+    everything = activations.kept_activations(BILLION, run) + activations.working_activations(BILLION, run)
+    assert heap.activation_holes(BILLION, run) == pytest.approx(sum(item.heap for item in everything) / 3)
+    adapted = replace(BILLION, adapters=(1000,) * 20)
+    assert heap.activation_holes(adapted, run) == pytest.approx(0.8 * total(everything))
 
 
 def test_large_inner_tensors_are_mapped() -> None:

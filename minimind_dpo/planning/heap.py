@@ -10,9 +10,10 @@ kept lands in the freed output of a layer, which then is too small for the next 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import replace
 
-from minimind_dpo.planning.allocation import Allocation, allocate
+from minimind_dpo.planning.activations import kept_activations, rounded_weights, working_activations
+from minimind_dpo.planning.allocation import allocate
 from minimind_dpo.planning.run_shape import RunShape
 from minimind_dpo.planning.shape import ModelShape
 
@@ -20,20 +21,19 @@ MEASURED_HOLES = 1 / 3  # share of the activations in the heap for which the sec
 MEASURED_LORA_HOLES = 0.8  # with LoRA: of all activations, since a large block settles in a hole that it fits into
 
 
-def heap_holes(shape: ModelShape, run: RunShape, alive: Iterable[Allocation]) -> float:
-    """Bytes of all holes in the second step.
+def heap_holes(shape: ModelShape, run: RunShape) -> float:
+    """All holes in the second step."""
+    return activation_holes(shape, run) + gathering_holes(shape, run) + reference_holes(shape, run)
 
-    Args:
-        shape: of the model.
-        run: of the run.
-        alive: what is alive in the phase that needs the most of the heap.
+
+def activation_holes(shape: ModelShape, run: RunShape) -> float:
+    """Room that activations leave: 1/3 of those in the heap, with LoRA 0.8 of all (measured).
+
+    With checkpointing those of every layer count too: each is made again in the backward pass, and gradients settle in
+    what it frees before the next one is made.
     """
-    return activation_holes(shape, alive) + gathering_holes(shape, run) + reference_holes(shape, run)
-
-
-def activation_holes(shape: ModelShape, alive: Iterable[Allocation]) -> float:
-    """Room that activations leave: 1/3 of those in the heap, with LoRA 0.8 of all (measured)."""
-    activations = [item for item in alive if item.purpose == "activations"]
+    made = replace(run, checkpointing=False)
+    activations = kept_activations(shape, made) + working_activations(shape, made) + rounded_weights(shape, made)
     if shape.adapters:
         return MEASURED_LORA_HOLES * sum(item.bytes for item in activations)
     return MEASURED_HOLES * sum(item.heap for item in activations)

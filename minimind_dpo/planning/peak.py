@@ -69,8 +69,7 @@ def _resident_peak(shape: ModelShape, run: RunShape, alive: dict[str, list[Alloc
     and the heap's holes, are the allocator's.
     """
     running = {name: items for name, items in alive.items() if name != LOADING}
-    fullest = max(running.values(), key=lambda items: sum(item.heap for item in items))
-    heap = sum(item.heap for item in fullest) + heap_holes(shape, run, fullest)
+    heap = max(sum(item.heap for item in items) for items in running.values()) + heap_holes(shape, run)
     mapped = max(sum(item.mapped for item in items) for items in running.values())
     phase = max(running, key=lambda name: sum(item.bytes for item in running[name]))
     own = _sums(running[phase])

@@ -40,7 +40,7 @@ def outputs(model: Any, ranks: int) -> list[Tensor]:
 
 
 def main() -> None:
-    config = make_config({"model_name_or_path": sys.argv[1], "train_data": ["none"], "output_dir": sys.argv[2]})
+    config = make_config({"model_name_or_path": sys.argv[1], "train_data": ["unused"], "output_dir": sys.argv[2]})
     model = load_model(sys.argv[1])  # before the engine is there, so whole
     expected = outputs(model, 1)
     accelerator = make_accelerator(config)
