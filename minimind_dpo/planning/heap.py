@@ -1,7 +1,7 @@
 """Holes in glibc's heap: what its blocks (below `LARGE`) take beyond their sum. One function a term, bytes.
 
 Two numbers here are no arithmetic: measured corrections for glibc 2.36 on one x86-64 machine. The table of
-docs/planning.md has a column without them: down to 0.78 of the measured peak, with LoRA to 0.67. Another allocator
+docs/planning.md has a column without them: down to 0.64 of the measured peak, with LoRA to 0.56. Another allocator
 needs others. How holes come about is the same everywhere: in the first step the activations fill the heap without any;
 then moments, gradients or buckets of other sizes settle in what is freed, and a part of the second step's activations
 no longer fits in between. LoRA leaves holes in the first forward pass already: each small [tokens, r] tensor that is
