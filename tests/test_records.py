@@ -12,11 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers_data import row, say, write_jsonl
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from minimind_dpo.data import records, sources
-from minimind_dpo.data.records import PreferencePair, RowError, parse_line, parse_row, shared_length
+from minimind_dpo.data.records import PreferencePair, RowError, parse_line, parse_row
 from minimind_dpo.data.sources import count_rows, find_files, read_rows
 from minimind_dpo.errors import UserError
 
@@ -45,15 +43,6 @@ def test_message_prefix_leaves_each_side_its_last_message() -> None:
     assert parse_row(longer, "x").prompt_messages == 1
     differs = {"chosen": say("a", "b", "c", "d"), "rejected": say("a", "B", "c", "d")}
     assert parse_row(differs, "x").prompt_messages == 1
-
-
-@settings(max_examples=50)
-@given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)), st.integers(0, 2))
-def test_shared_length(first: list[int], second: list[int], keep: int) -> None:
-    length = shared_length(first, second, keep)
-    assert first[:length] == second[:length]
-    limit = max(min(len(first), len(second)) - keep, 0)
-    assert length == limit or (length < limit and first[length] != second[length])
 
 
 def test_absent_fields_of_arrow_rows_are_stripped() -> None:
@@ -143,19 +132,16 @@ def test_unknown_columns_are_noticed_once(caplog: pytest.LogCaptureFixture) -> N
 ROWS = [row(f"question {i}", chosen=f"yes {i} 你好", rejected=f"no\n{i}") for i in range(600)]
 
 
-def read_pairs(source: str | list[str]) -> Iterator[PreferencePair]:
-    """The pairs of a source in file order, as tokenising reads them."""
-    for file in find_files(source):
-        for number, payload in read_rows(file):
-            yield parse_line(payload, file.place(number))
+def pairs(source: Any) -> list[PreferencePair]:
+    return [parse_line(payload, file.place(row)) for file in find_files(source) for row, payload in read_rows(file)]
 
 
 def places(source: Any) -> list[str]:
-    return [pair.place for pair in read_pairs(source)]
+    return [pair.place for pair in pairs(source)]
 
 
 def questions(source: Any) -> list[str]:
-    return [pair.chosen[0]["content"] for pair in read_pairs(source)]
+    return [pair.chosen[0]["content"] for pair in pairs(source)]
 
 
 EXPECTED = [f"question {i}" for i in range(600)]

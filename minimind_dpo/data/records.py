@@ -109,7 +109,7 @@ def parse_row(row: dict[str, Any], place: str) -> PreferencePair:
     return PreferencePair(
         chosen=chosen,
         rejected=rejected,
-        prompt_messages=shared_length(chosen, rejected, keep=1),
+        prompt_messages=shared_messages(chosen, rejected),
         place=place,
         tools=tools,
         weight=_number(row, "weight", place, lowest=0.0, default=1.0),
@@ -119,11 +119,11 @@ def parse_row(row: dict[str, Any], place: str) -> PreferencePair:
     )
 
 
-def shared_length(first: list[Any], second: list[Any], keep: int) -> int:
-    """Length of the longest common prefix of two lists, such that each keeps at least `keep` items of its own."""
-    limit = max(min(len(first), len(second)) - keep, 0)
+def shared_messages(chosen: list[Message], rejected: list[Message]) -> int:
+    """Messages that two conversations share at their start, such that each keeps at least its last one for itself."""
+    limit = min(len(chosen), len(rejected)) - 1
     for index in range(limit):
-        if first[index] != second[index]:
+        if chosen[index] != rejected[index]:
             return index
     return limit
 
