@@ -155,7 +155,7 @@ def test_fail_names_the_first_row_without_signal(tmp_path: Path) -> None:
     with pytest.raises(RowError, match=rf"^{path}:2: both sides have the same tokens") as caught:
         run(path, on_bad_row="fail")
     assert caught.value.reason == "identical_sides"
-    assert not list(cache.entry("x").parent.iterdir())  # nothing half-written is left behind
+    assert not list(cache.entry_path("x").parent.iterdir())  # nothing half-written is left behind
 
 
 def test_no_usable_pair(tmp_path: Path) -> None:
@@ -190,11 +190,12 @@ def test_processes_report_the_first_bad_row(tmp_path: Path, monkeypatch: pytest.
 
 def test_writers_that_race_both_succeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_jsonl(tmp_path / "f.jsonl", ROWS)
-    monkeypatch.setattr(cache, "load", lambda entry, load=cache.load: None if not entry.exists() else load(entry))
+    opened = cache.open_entry
+    monkeypatch.setattr(cache, "open_entry", lambda path: opened(path) if path.exists() else None)
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda _: run(path), range(8)))
     assert len({result.digest for result in results}) == 1
-    assert [entry.name.startswith(".") for entry in cache.entry("x").parent.iterdir()] == [False]
+    assert [entry.name.startswith(".") for entry in cache.entry_path("x").parent.iterdir()] == [False]
 
 
 def test_two_processes_at_once(tmp_path: Path) -> None:
@@ -216,7 +217,7 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
 def test_a_damaged_entry_is_written_anew(tmp_path: Path, calls: list[str], damage: str) -> None:
     path = write_jsonl(tmp_path / "f.jsonl", ROWS)
     digest = run(path).digest
-    (entry,) = cache.entry("x").parent.iterdir()
+    (entry,) = cache.entry_path("x").parent.iterdir()
     if damage == "cut":
         table = entry / "pairs.arrow"
         table.write_bytes(table.read_bytes()[:-100])
@@ -229,7 +230,7 @@ def test_a_damaged_entry_is_written_anew(tmp_path: Path, calls: list[str], damag
 
 
 def test_old_leftovers_of_killed_processes_are_swept(tmp_path: Path) -> None:
-    root = cache.entry("x").parent
+    root = cache.entry_path("x").parent
     for name, age in (("old", 90_000), ("new", 60)):
         (root / f".{name}.partial").mkdir(parents=True)
         os.utime(root / f".{name}.partial", (time.time() - age,) * 2)

@@ -22,7 +22,7 @@ from minimind_dpo.files import aside, sweep, sync, sync_all
 
 CODE_VERSION = 2  # raise it when the same bytes would be tokenized differently
 _SIDES = ("chosen_input_ids", "chosen_completion_mask", "rejected_input_ids", "rejected_completion_mask")
-_PAIRS_PER_BATCH = 256
+_PAIRS_PER_RECORD_BATCH = 256
 _TABLE, _META = "pairs.arrow", "meta.json"
 
 
@@ -61,12 +61,12 @@ def cache_root() -> Path:
     return Path(os.environ.get("MINIMIND_DPO_CACHE") or "~/.cache/minimind_dpo").expanduser()
 
 
-def entry(key: str) -> Path:
+def entry_path(key: str) -> Path:
     """The directory of a cache entry."""
     return cache_root() / "tokens" / key
 
 
-def load(path: Path) -> tuple[Any, dict[str, Any]] | None:
+def open_entry(path: Path) -> tuple[Any, dict[str, Any]] | None:
     """The memory-mapped data set and the meta data of an entry; None if it is absent or damaged."""
     import datasets  # late: it takes a second, which nothing else here needs
 
@@ -79,17 +79,17 @@ def load(path: Path) -> tuple[Any, dict[str, Any]] | None:
         return None
 
 
-class Writer:
-    """Write the table of pairs as a stream, from pairs and drops in order, and keep count."""
+class TableWriter:
+    """Takes pairs and drops in order; writes the pairs' table as a stream and keeps count."""
 
     def __init__(self, path: Path) -> None:
         ids, mask = pa.list_(pa.int32()), pa.list_(pa.int8())
         sides = list(zip(_SIDES, [ids, mask] * 2, strict=True))
         values = [("weight", pa.float64()), ("margin", pa.float64()), ("id", pa.string())]
-        places = [("file", pa.int32()), ("row", pa.int64())]
-        self._schema = pa.schema([*sides, *values, ("tokens", pa.int32()), *places])
+        origin = [("file", pa.int32()), ("row", pa.int64())]
+        self._schema = pa.schema([*sides, *values, ("tokens", pa.int32()), *origin])
         self._table = pa.ipc.new_stream(str(path), self._schema)
-        self._waiting: list[tuple[Any, ...]] = []
+        self._pairs: list[tuple[Any, ...]] = []
         self._digest = hashlib.sha256()
         self._kept = 0
         self._dropped: dict[str, int] = {}
@@ -98,20 +98,20 @@ class Writer:
     def add(self, pair: TokenizedPair, file: int, row: int) -> None:
         """Take the next pair, which was read as row `row` of the source's file `file`."""
         sides = [
-            _numbers(pair.chosen_input_ids),
-            _bits(pair.chosen_completion_mask),
-            _numbers(pair.rejected_input_ids),
-            _bits(pair.rejected_completion_mask),
+            _int_array(pair.chosen_input_ids),
+            _mask_array(pair.chosen_completion_mask),
+            _int_array(pair.rejected_input_ids),
+            _mask_array(pair.rejected_completion_mask),
         ]
         # What a pair teaches is digested, not where it was read.
         for side in sides:
             self._digest.update(len(side).to_bytes(8, "little") + side.tobytes())
-        numbers = [pair.weight, np.nan if pair.margin is None else pair.margin]
-        self._digest.update(np.asarray(numbers, dtype="<f8").tobytes())
+        values = [pair.weight, np.nan if pair.margin is None else pair.margin]
+        self._digest.update(np.asarray(values, dtype="<f8").tobytes())
         self._kept += 1
         tokens = len(sides[0]) + len(sides[2]) - 2 - shared_prefix_length(sides[0], sides[2])
-        self._waiting.append((*sides, pair.weight, pair.margin, pair.id, tokens, file, row))
-        if len(self._waiting) >= _PAIRS_PER_BATCH:
+        self._pairs.append((*sides, pair.weight, pair.margin, pair.id, tokens, file, row))
+        if len(self._pairs) >= _PAIRS_PER_RECORD_BATCH:
             self._flush()
 
     def drop(self, reason: str, file: int, row: int) -> None:
@@ -135,21 +135,23 @@ class Writer:
         self._table.close()
 
     def _flush(self) -> None:
-        if not self._waiting:
+        import pyarrow as pa
+
+        if not self._pairs:
             return
         columns = [
             _list_array(column, field.type) if pa.types.is_list(field.type) else pa.array(column, field.type)
-            for field, column in zip(self._schema, zip(*self._waiting, strict=True), strict=True)
+            for field, column in zip(self._schema, zip(*self._pairs, strict=True), strict=True)
         ]
         self._table.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
-        self._waiting = []
+        self._pairs = []
 
 
-def _numbers(values: list[int]) -> np.ndarray:
+def _int_array(values: list[int]) -> np.ndarray:
     return np.asarray(array("i", values)).astype("<i4", copy=False)  # several times as fast as without `array`
 
 
-def _bits(values: list[int]) -> np.ndarray:
+def _mask_array(values: list[int]) -> np.ndarray:
     return np.frombuffer(bytes(values), dtype=np.uint8).astype("<i4")
 
 
@@ -160,15 +162,15 @@ def _list_array(column: tuple[np.ndarray, ...], kind: Any) -> Any:
 
 
 @contextmanager
-def write(path: Path) -> Iterator[Writer]:
-    """Write an entry beside its place and rename it there at the end, so that it is complete or absent.
+def write_entry(path: Path) -> Iterator[TableWriter]:
+    """Writes an entry beside its place and renames it there at the end, so that it is complete or absent.
 
     Of several processes that write the same entry the first wins; the others find an equal one and take it.
     """
     sweep(path.parent)
     with aside(path) as scratch:
         scratch.mkdir()
-        writer = Writer(scratch / _TABLE)
+        writer = TableWriter(scratch / _TABLE)
         yield writer
         writer.close()
         meta = writer.meta() | {"bytes": (scratch / _TABLE).stat().st_size}
@@ -184,7 +186,7 @@ def _move(scratch: Path, path: Path) -> None:
             os.rename(scratch, path)
             return
         except OSError:
-            if load(path) is not None:
+            if open_entry(path) is not None:
                 return
             # A damaged entry is in the way (a disk that was full, a file that was cut): it makes room.
             shutil.rmtree(path, ignore_errors=True)

@@ -54,8 +54,8 @@ def find_pair(source: str | list[str], index: int) -> PreferencePair:
             if rows == index:
                 return parse_line(payload, file.place(number))
             rows += 1
-    range_told = f"an index lies between 0 and {rows - 1}" if rows else "there is nothing to inspect"
-    raise UserError(f"--index {index}: the data has {rows} rows, {range_told}")
+    remedy = f"an index lies between 0 and {rows - 1}" if rows else "there is nothing to inspect"
+    raise UserError(f"--index {index}: the data has {rows} rows, {remedy}")
 
 
 def describe(pair: TokenizedPair, tokenizer: Any, index: int) -> dict[str, Any]:

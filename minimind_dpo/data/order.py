@@ -135,8 +135,8 @@ def split_step(
     members.sort(key=lambda own: -int(tokens[own].sum()))  # a slot's micro-batches run at the same time
     batches = []
     for slot in range(slots):
-        place = rank if slot % 2 == 0 else world_size - 1 - rank
-        own = sorted(members[slot * world_size + place])
+        column = rank if slot % 2 == 0 else world_size - 1 - rank
+        own = sorted(members[slot * world_size + column])
         filler = MicroBatch([int(pairs[tokens.argmin()])], counted=False)
         batches.append(MicroBatch(pairs[own].tolist()) if own else filler)
     return batches

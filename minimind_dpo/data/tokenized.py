@@ -98,13 +98,13 @@ def tokenize_files(
     settings = Settings(max_length, completion_mask, on_bad_row)
     content = [cache.digest_file(file) for file in files]
     key = cache.key_of([digest.sha256 for digest in content], tokenizer, settings)
-    entry = cache.entry(key)
-    if (found := cache.load(entry)) is None:
+    path = cache.entry_path(key)
+    if (found := cache.open_entry(path)) is None:
         processes = num_proc or _worthwhile_processes(sum(digest.size for digest in content))
         rows = _total_rows(files, content)
-        with cache.write(entry) as writer:
+        with cache.write_entry(path) as writer:
             _tokenize_into(writer, files, tokenizer, settings, processes, rows)
-        found = cache.load(entry)
+        found = cache.open_entry(path)
         assert found is not None
     dataset, meta = found
     report = _report(meta, files)
@@ -116,7 +116,7 @@ def tokenize_files(
 
 
 def _tokenize_into(
-    writer: cache.Writer,
+    writer: cache.TableWriter,
     files: tuple[DataFile, ...],
     tokenizer: Any,
     settings: Settings,
