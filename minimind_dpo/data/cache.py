@@ -80,7 +80,7 @@ def open_entry(path: Path) -> tuple[Any, dict[str, Any]] | None:
 
 
 class TableWriter:
-    """Takes pairs and drops in order; writes the pairs' table as a stream and keeps count."""
+    """Write the table of pairs as a stream, from pairs and drops in order, and keep count."""
 
     def __init__(self, path: Path) -> None:
         ids, mask = pa.list_(pa.int32()), pa.list_(pa.int8())
@@ -135,8 +135,6 @@ class TableWriter:
         self._table.close()
 
     def _flush(self) -> None:
-        import pyarrow as pa
-
         if not self._pairs:
             return
         columns = [
@@ -163,7 +161,7 @@ def _list_array(column: tuple[np.ndarray, ...], kind: Any) -> Any:
 
 @contextmanager
 def write_entry(path: Path) -> Iterator[TableWriter]:
-    """Writes an entry beside its place and renames it there at the end, so that it is complete or absent.
+    """Write an entry beside its place and rename it there at the end, so that it is complete or absent.
 
     Of several processes that write the same entry the first wins; the others find an equal one and take it.
     """
