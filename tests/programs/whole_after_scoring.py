@@ -15,10 +15,12 @@ from torch import Tensor
 
 from minimind_dpo import load_model
 from minimind_dpo.config import make_config
-from minimind_dpo.engine.launcher import backward, make_accelerator, make_optimizer, prepare, unwrap
+from minimind_dpo.engine.launcher import start_engine
+from minimind_dpo.engine.protocol import unwrap
 from minimind_dpo.engine.ranks import decide
 from minimind_dpo.objective.layout import PACKED, choose_layout
 from minimind_dpo.objective.scoring import PairScorer
+from minimind_dpo.training.setup import make_optimizer
 
 IDS = torch.arange(18).view(2, 9) * 5 % 97
 ROW = {
@@ -43,19 +45,19 @@ def main() -> None:
     config = make_config({"model_name_or_path": sys.argv[1], "train_data": ["unused"], "output_dir": sys.argv[2]})
     model = load_model(sys.argv[1])  # before the engine is there, so whole
     expected = outputs(model, 1)
-    accelerator = make_accelerator(config)
+    engine = start_engine(config)
     scorer = PairScorer(model.train())
-    scorer, _ = prepare(accelerator, scorer, make_optimizer(scorer, 1e-4, 0.0))
-    assert choose_layout(unwrap(scorer), "pairs", accelerator.device, accelerator.autocast, decide) is PACKED
+    scorer, _ = engine.prepare(scorer, make_optimizer(scorer, 1e-4, 0.0))
+    assert choose_layout(unwrap(scorer), "pairs", engine.device, engine.autocast, decide) is PACKED
     for checkpointing in (False, True):
         if checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        scores = scorer(PACKED([ROW]).to(accelerator.device))
-        backward(accelerator, scores.per_token_logps.sum() + scores.aux_losses.sum(), True)
-        for ours, theirs in zip(outputs(model, accelerator.num_processes), expected, strict=True):
+        scores = scorer(PACKED([ROW]).to(engine.device))
+        engine.backward(scores.per_token_logps.sum() + scores.aux_losses.sum(), last=True)
+        for ours, theirs in zip(outputs(model, engine.world_size), expected, strict=True):
             assert torch.equal(ours, theirs), (ours, theirs)
     print("WHOLE", flush=True)
-    accelerator.end_training()
+    engine.end()
 
 
 main()
