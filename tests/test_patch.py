@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -215,6 +216,16 @@ def test_two_scorers_of_one_model_do_not_nest(model: PreTrainedModel) -> None:
     for scorer in (second, first, second):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(score(scorer), expected, strict=True))
     assert_whole(model, lambda: [score(scorer) for scorer in (first, second)])
+
+
+def test_a_copy_has_a_patch_of_its_own(model: PreTrainedModel) -> None:
+    scorer = scorer_of(model)
+    expected = score(scorer)
+    copied = copy.deepcopy(scorer)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(score(copied), expected, strict=True))
 
 
 def test_making_and_asking_change_nothing(model: PreTrainedModel, tmp_path: Path) -> None:
