@@ -130,7 +130,7 @@ def pair_key(row: dict[str, Any]) -> bytes:
 
 
 def pack_pairs(rows: Sequence[dict[str, Any]]) -> PairBatch:
-    """The packed shared-prefix layout of `rows` (columns of `data/tokenized.py`)."""
+    """The packed layout of B rows (columns of `data/tokenized.py`), the shared prefix of a pair stored once."""
     input_ids, position_ids, logit_positions, target_ids = [], [], [], []
     token_index, sequences, segments, counts = [], [], [], []
     start = entries = 0
@@ -181,7 +181,7 @@ def pack_pairs(rows: Sequence[dict[str, Any]]) -> PairBatch:
 
 
 def pad_pairs(rows: Sequence[dict[str, Any]]) -> PairBatch:
-    """The plain layout of `rows`: one right-padded row a side, nothing shared."""
+    """The plain layout of B rows: one right-padded row a side, nothing shared."""
     sides = [side for row in rows for side in _sides(row)]
     width = max(len(side.ids) for side in sides) - 1
     shape = (len(sides), width)

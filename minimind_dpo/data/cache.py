@@ -36,7 +36,11 @@ class FileDigest:
 
 
 def digest_file(file: DataFile) -> FileDigest:
-    """The digest of a file, or of the files behind a data set, read as a stream."""
+    """The digest of a file, or of all files behind a data set; they are read as a stream.
+
+    Raises:
+        OSError: a file can't be read.
+    """
     digest, size, lines = hashlib.sha256(file.kind.encode()), 0, 0
     for path in [file.name] if file.dataset is None else _dataset_files(file.dataset, digest):
         with open(path, "rb") as handle:
@@ -48,7 +52,13 @@ def digest_file(file: DataFile) -> FileDigest:
 
 
 def key_of(contents: list[str], tokenizer: Any, settings: Any) -> str:
-    """The name of a cache entry: what decides the tokenized pairs, and nothing else."""
+    """The name of a cache entry (hex): a digest of what decides the tokenized pairs, and of nothing else.
+
+    Args:
+        contents: the files' digests, in order.
+        tokenizer: a fast tokenizer of transformers.
+        settings: a dataclass of values that JSON can hold.
+    """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     for state in ("truncation", "padding"):  # left behind by earlier calls, without effect on ours
         backend.pop(state, None)
@@ -80,7 +90,7 @@ def open_entry(path: Path) -> tuple[Any, dict[str, Any]] | None:
 
 
 class TableWriter:
-    """Write the table of pairs as a stream, from pairs and drops in order, and keep count."""
+    """The table of an entry, written as a stream: pairs and dropped rows are added in order, and counted."""
 
     def __init__(self, path: Path) -> None:
         ids, mask = pa.list_(pa.int32()), pa.list_(pa.int8())
@@ -96,7 +106,7 @@ class TableWriter:
         self._examples: dict[str, tuple[int, int]] = {}
 
     def add(self, pair: TokenizedPair, file: int, row: int) -> None:
-        """Take the next pair, which was read as row `row` of the source's file `file`."""
+        """Append the next pair, which was read as row `row` of the source's file `file` (from 0)."""
         sides = [
             _int_array(pair.chosen_input_ids),
             _mask_array(pair.chosen_completion_mask),
@@ -120,7 +130,7 @@ class TableWriter:
         self._examples.setdefault(reason, (file, row))
 
     def meta(self) -> dict[str, Any]:
-        """Counts and digest so far."""
+        """Numbers of rows, kept and dropped, and the digest, so far; what `open_entry` returns again."""
         return {
             "digest": self._digest.hexdigest(),
             "rows": self._kept + sum(self._dropped.values()),
@@ -130,7 +140,7 @@ class TableWriter:
         }
 
     def close(self) -> None:
-        """End the table."""
+        """Write what is pending, and the table's end."""
         self._flush()
         self._table.close()
 
@@ -161,9 +171,12 @@ def _list_array(column: tuple[np.ndarray, ...], kind: Any) -> Any:
 
 @contextmanager
 def write_entry(path: Path) -> Iterator[TableWriter]:
-    """Write an entry beside its place and rename it there at the end, so that it is complete or absent.
+    """Write an entry aside and rename it to `path` when the block ends without an error: complete or absent.
 
     Of several processes that write the same entry the first wins; the others find an equal one and take it.
+
+    Raises:
+        OSError: the disk is full, or the cache can't be written to.
     """
     sweep(path.parent)
     with aside(path) as scratch:
@@ -192,7 +205,7 @@ def _move(scratch: Path, path: Path) -> None:
 
 
 def _dataset_files(dataset: Any, digest: Any) -> list[str]:
-    """The files of a data set; one that is in memory, or a selection of rows, is told by its fingerprint."""
+    """The files behind a data set. One in memory, or a selection of rows, adds its fingerprint to `digest`."""
     files = [file["filename"] for file in dataset.cache_files]
     if not files or getattr(dataset, "_indices", None) is not None:
         digest.update(dataset._fingerprint.encode())

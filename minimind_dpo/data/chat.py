@@ -117,7 +117,11 @@ def find_drop(pair: PreferencePair, tokenized: TokenizedPair) -> DroppedRow | No
 
 
 def shared_prefix_length(first: npt.ArrayLike, second: npt.ArrayLike) -> int:
-    """Tokens that two sides share at their start, such that each keeps at least one token of its own."""
+    """How many tokens two sides share at their start; each keeps at least one token of its own.
+
+    Args:
+        first, second: ids [T1], [T2] of the two sides.
+    """
     left, right = np.asarray(first), np.asarray(second)
     limit = max(min(len(left), len(right)) - 1, 0)
     differing = np.flatnonzero(left[:limit] != right[:limit])
@@ -156,7 +160,7 @@ def load_tokenizer(name: str | os.PathLike[str], trust_remote_code: bool = False
 
 
 def _render(pair: PreferencePair, messages: list[Message], tokenizer: Any, first_turn: int) -> tuple[str, list[Span]]:
-    """A conversation's text, and the spans of the assistant turns from message `first_turn` on."""
+    """A conversation's text, and the spans [start, end) of its assistant turns from message `first_turn` on."""
     if not tokenizer.chat_template:
         return _render_plain(pair, messages, tokenizer)
     template = chat_template(tokenizer)
@@ -187,7 +191,11 @@ def _is_empty(message: Message) -> bool:
 
 
 def check_settings(tokenizer: Any, max_length: int, completion_mask: str) -> None:
-    """Raise `UserError` for settings or a tokenizer that no pair can be tokenized with."""
+    """Check what holds for every pair.
+
+    Raises:
+        UserError: no pair can be tokenized with this tokenizer or these settings.
+    """
     if completion_mask not in COMPLETION_MASKS:
         raise UserError(f"completion_mask must be one of {', '.join(COMPLETION_MASKS)}, not '{completion_mask}'")
     if max_length < 2:

@@ -20,7 +20,7 @@ _GREEN, _RESET = "\033[32m", "\033[0m"
 
 
 def run_inspect(argv: list[str]) -> int:
-    """Show the pair that `argv` asks for; the exit code is 0.
+    """Show the pair that `argv` asks for. Returns the exit code, 0.
 
     Raises:
         UserError: no such pair, a row that can't be used, or no tokenizer.
@@ -43,7 +43,7 @@ def run_inspect(argv: list[str]) -> int:
 
 
 def find_pair(source: str | list[str], index: int) -> PreferencePair:
-    """The pair of row `index` (from 0, blank lines don't count); rows before it are read, not checked.
+    """The pair of row `index` (from 0, blank lines don't count); the rows before it are read and not checked.
 
     Raises:
         UserError: there is no such row, or it can't be used.

@@ -30,7 +30,11 @@ class Settings:
 def tokenize_blocks(
     blocks: Iterator[RowBlock], tokenizer: Any, settings: Settings, processes: int
 ) -> Iterator[tuple[RowBlock, list[TokenizedPair | DroppedRow]]]:
-    """Each block with what its rows became, in order, whatever the number of processes."""
+    """Each block with what became of its rows, in order, whatever the number of processes.
+
+    Raises:
+        UserError: no row at all can be tokenized with this tokenizer or these settings.
+    """
     # The first block is always done here: small data never pays for processes, and notices are given once.
     for block in islice(blocks, 1 if processes > 1 else None):
         yield block, tokenize_block(block, tokenizer, settings)

@@ -42,7 +42,7 @@ class PreferencePair:
 
     `chosen` and `rejected` are full conversations, prompt and answer together; each ends with an assistant
     message. `prompt_messages` counts the messages that both share at their start; each side keeps at least its
-    last message for itself. `plain` marks a row of three texts, held as a user and an assistant message.
+    last message for itself. `plain` marks a row of three texts; each side is then a user and an assistant message.
     `weight` scales the pair's loss, `margin` is what the row says about the distance between the two answers,
     `place` is where the row was read (`file.jsonl:17`).
     """
@@ -83,7 +83,7 @@ def parse_line(payload: bytes | dict[str, Any], place: str) -> PreferencePair:
 
 
 def parse_row(row: dict[str, Any], place: str) -> PreferencePair:
-    """Check a row of any accepted form and turn it into a pair. Columns that are `None` count as absent.
+    """A pair from a row of any accepted form, checked. Columns that are `None` count as absent.
 
     Raises:
         RowError: wrong keys, types, roles or values; the message starts with `place` and says what to do.
@@ -120,7 +120,7 @@ def parse_row(row: dict[str, Any], place: str) -> PreferencePair:
 
 
 def shared_messages(chosen: list[Message], rejected: list[Message]) -> int:
-    """Messages that two conversations share at their start, such that each keeps at least its last one for itself."""
+    """How many messages two conversations share at their start; each keeps at least its last one for itself."""
     limit = min(len(chosen), len(rejected)) - 1
     for index in range(limit):
         if chosen[index] != rejected[index]:

@@ -32,7 +32,7 @@ class DataFile:
 
 
 def find_files(source: str | list[str]) -> list[DataFile]:
-    """Resolve a source, or a list of sources, in the given order; the matches of a glob are sorted by name.
+    """The files of a source, or of a list of sources in their order; the matches of a glob are sorted by name.
 
     Raises:
         UserError: nothing is found, or it is not of an accepted kind.
@@ -44,7 +44,7 @@ def find_files(source: str | list[str]) -> list[DataFile]:
 
 
 def read_rows(file: DataFile) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
-    """Streams `(row number, undecoded line or row)`; blank lines are skipped but counted.
+    """A stream of `(row number from 1, undecoded line or row)`; blank lines are left out, yet have a number.
 
     Raises:
         UserError: the file is damaged in a way that hides where the next row begins.
@@ -59,7 +59,11 @@ def read_rows(file: DataFile) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
 
 
 def count_rows(file: DataFile) -> int | None:
-    """Number of rows where the file says so itself, else None."""
+    """How many rows a file has, where it says so itself, else None.
+
+    Raises:
+        UserError: a parquet file that can't be read.
+    """
     if file.kind == "parquet":
         return _open_parquet(file.name).metadata.num_rows
     return len(file.dataset) if file.kind == "dataset" else None
@@ -138,7 +142,7 @@ def _read_lines(file: DataFile) -> Iterator[tuple[int, bytes]]:
 
 
 def _read_array(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of one JSON array; only the row being read is in memory. A row's number is the line it begins on."""
+    """The rows of one JSON array, one in memory at a time. A row's number is that of the line it begins on."""
     decoder = json.JSONDecoder()
     with open(file.name, encoding="utf-8-sig") as handle:
         text, line, allowed = _more(file, handle), 1, "["

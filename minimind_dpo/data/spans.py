@@ -4,6 +4,8 @@ Looking for marker text such as `<|im_start|>assistant` would also find markers 
 found by rendering the conversation once more with that turn's words replaced by a mark: whatever stands before the
 mark and after it is the template's and the other turns', whatever they say. Where a turn *begins* is where
 generation would have begun: after what the template writes between the previous turn's words and the answer.
+
+A message's words are all that it says: its content, its thoughts, the names and arguments of its calls.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from minimind_dpo.data.records import Message
 # A generation prompt may end with an (empty) thinking block; what is thought belongs to the answer.
 _THINKING = re.compile(r"[<\[]\|?\w*think", re.IGNORECASE)
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # the names under which transformers passes it on
-# Llama's templates write today's date unless told another: the same data would differ from day to day.
+# Llama's templates write today's date unless they are given one: the same data would differ from day to day.
 _LLAMA_DATE = "26 Jul 2024"
 _RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
 
@@ -42,7 +44,7 @@ class ChatTemplate:
         self._terminator: str | None = None
 
     def render(self, messages: list[Message], tools: Any = None, add_generation_prompt: bool = False) -> str:
-        """The conversation as text.
+        """The conversation as text, the next answer's header at its end if `add_generation_prompt`.
 
         Raises:
             TemplateError: the template refuses the conversation.
@@ -101,7 +103,7 @@ class ChatTemplate:
         return max(full.rpartition(here)[2].partition(there)[0].find(self.terminator), 0)
 
     def _lead(self, messages: list[Message], tools: Any, index: int, before: str, text: str) -> int:
-        """How many characters of turn `index` come before its words (a thinking block, a space, a call's syntax).
+        """How many characters of turn `index` stand before its words (a thinking block, a space, a call's syntax).
 
         Conversations of the same shape share the answer, so it is taken from a stand-in of that shape, once. The
         shape isn't all that templates look at, so the stand-in must fit; else the conversation itself is measured.

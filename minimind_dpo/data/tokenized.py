@@ -1,4 +1,4 @@
-"""Tokenise preference data into a memory-mapped table, once for each content, and count what it leaves out."""
+"""Preference data as a memory-mapped table of tokens, made once for each content, with a count of what is left out."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class TokenizedData:
     """Tokenized pairs in file order.
 
     `dataset` is a memory-mapped `datasets.Dataset`; its rows have `chosen_input_ids`, `chosen_completion_mask`,
-    `rejected_input_ids`, `rejected_completion_mask`, `weight`, `margin`, `id` and `place`. `digest` is the sha256 of
-    all ids, masks, weights and margins in order: the same content under another path has the same digest. `tokens` [N]
-    (int32) are the input tokens of each pair with the shared prefix stored once.
+    `rejected_input_ids`, `rejected_completion_mask`, `weight`, `margin`, `id`, `tokens` and `place`. `digest` is the
+    sha256 of all ids, masks, weights and margins in order: the same content under another path has the same digest.
+    `tokens` [N] (int32) are the input tokens of each pair with the shared prefix stored once.
     """
 
     dataset: Any
@@ -72,7 +72,7 @@ def tokenize_files(
     on_bad_row: str,
     num_proc: int | None = None,
 ) -> TokenizedData:
-    """Tokenise a source of preference pairs, or take them from the cache of an earlier call.
+    """The tokenized pairs of a source, made now or taken from the cache of an earlier call.
 
     The cache lies in `$MINIMIND_DPO_CACHE` (default `~/.cache/minimind_dpo`) and is addressed by content: the files'
     bytes, the tokenizer and the settings. Memory use doesn't grow with the number of pairs.
