@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
+
+_RELEASING_SECONDS = 0.1
 
 
 class Launched:
@@ -71,6 +74,10 @@ class Launched:
 
     def end(self) -> None:
         """End trackers and the group of processes."""
+        if self.world_size > 1:
+            # Gloo's threads need Python's lock to release the tensors of the last exchange. Taken down meanwhile the
+            # group would wait for them, and DDP's part of it holds that lock.
+            time.sleep(_RELEASING_SECONDS)
         self._accelerator.end_training()
 
 
