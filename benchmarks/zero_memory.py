@@ -75,7 +75,7 @@ def measure(hidden_size: int) -> None:
     model = LlamaForCausalLM._from_config(shape)  # under stage 3 sharded from its first weight on
     parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
     scorer = PairScorer(model.train())
-    scorer, _ = engine.prepare(scorer, make_optimizer(scorer, 1e-5, 0.01))
+    scorer, _ = engine.prepare(scorer, make_optimizer(scorer, 1e-5, 0.01), "nearest")
     held = 0
     for _ in range(2):
         engine.backward(scorer(pad_pairs([ROW]).to(engine.device)).per_token_logps.sum(), last=True)

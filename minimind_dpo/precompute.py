@@ -51,12 +51,14 @@ def _precompute(config: TrainConfig, session: Session) -> None:
     from minimind_dpo.engine.ranks import decide
     from minimind_dpo.objective.layout import choose_layout
     from minimind_dpo.objective.scoring import PairScorer
-    from minimind_dpo.reference.choosing import make_cache, switches_adapters_off
+    from minimind_dpo.reference.choosing import make_cache, switches_adapters_off, weight_rounding
     from minimind_dpo.reference.digest import reference_digest
     from minimind_dpo.reference.filling import fill_cache
+    from minimind_dpo.training.settle import settle
     from minimind_dpo.training.setup import check_vocabulary, load_configured, load_data, tokenizer_path
 
     engine = session.engine
+    config = settle(config, engine.precision)
     tokenizer = load_tokenizer(tokenizer_path(config), config.trust_remote_code)
     with engine.loading_reference(offload=False):
         model = load_configured(config, config.ref_model_name_or_path or config.model_name_or_path)
@@ -64,7 +66,7 @@ def _precompute(config: TrainConfig, session: Session) -> None:
     needed = load_data(config, engine, tokenizer).needed()
     session.stop.listen()
     digest = reference_digest(model, engine.weights_dtype)
-    scorer = engine.freeze(PairScorer(model), offload=False)
+    scorer = engine.freeze(PairScorer(model), False, weight_rounding(config))
     layout = choose_layout(unwrap(scorer), config.attn_implementation, engine.device, engine.autocast, decide)
     cache = make_cache(config, engine, digest, layout)
     begin = time.perf_counter()

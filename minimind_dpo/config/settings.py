@@ -14,6 +14,7 @@ LOSS_TYPES = ["sigmoid", "sigmoid_norm", "robust", "hinge", "ipo"]
 SMOOTHED_LOSS_TYPES = ["sigmoid", "sigmoid_norm", "robust"]
 REFERENCES = ("auto", "live", "offload", "cache", "adapter")
 LR_SCHEDULER_TYPES = ("minimind", "cosine", "cosine_with_min_lr", "linear", "constant", "constant_with_warmup")
+WEIGHT_ROUNDINGS = ("auto", "dithered", "stochastic", "nearest")
 DTYPES = ("float32", "float16", "bfloat16")  # torch's names
 
 
@@ -67,6 +68,11 @@ class TrainConfig:
         "pairs", "pairs: packed shared-prefix batches; sdpa, eager, ...: one padded row a side"
     )
     gradient_checkpointing: bool = _free(False, "recompute activations in the backward pass")
+    weight_rounding: str = _fixed(
+        "auto",
+        "how fp32 weights become those of half-precision products: " + " | ".join(WEIGHT_ROUNDINGS),
+        choices=WEIGHT_ROUNDINGS,
+    )
     lora_r: int | None = _fixed(None, "rank of LoRA matrices; without it every weight is trained", bounds=POSITIVE)
     lora_alpha: float = _fixed(16, "LoRA's product is scaled by lora_alpha / lora_r", bounds=POSITIVE)
     lora_dropout: float = _fixed(0.0, "dropout before LoRA's matrices", bounds=DROPOUT)

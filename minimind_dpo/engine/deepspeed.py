@@ -19,9 +19,10 @@ from torch.optim import Optimizer
 from transformers.integrations import HfDeepSpeedConfig
 
 from minimind_dpo.config import TrainConfig
-from minimind_dpo.engine.fragments import Fragment, fragment, optimizer_step_count, set_optimizer_step_count
-from minimind_dpo.engine.launched import Launched
+from minimind_dpo.engine.fragments import Fragment, HeldPart, fragment, optimizer_step_count, set_optimizer_step_count
+from minimind_dpo.engine.launched import HALF_TYPES, Launched
 from minimind_dpo.engine.protocol import trained_parameters
+from minimind_dpo.engine.rounding import RoundedParts
 from minimind_dpo.engine.sharding import full_shape
 from minimind_dpo.engine.zero import frozen_config, held_part, loss_scaler, mark_expert_blocks, refresh_weights
 from minimind_dpo.errors import UserError
@@ -46,7 +47,9 @@ class DeepSpeed(Launched):
         super().__init__(accelerator)
         self._plugin: Any = accelerator.state.deepspeed_plugin
         self.gathers_weights: bool = self._plugin.zero_stage == 3
-        self.weights_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        self.weights_dtype = HALF_TYPES.get(self.precision)
+        self._rounded: RoundedParts | None = None
+        self._steps = 0
         _check_settings(self._plugin.deepspeed_config, config)
         # said in the training configuration; the loop itself counts micro-batches
         self._plugin.deepspeed_config |= {
@@ -54,6 +57,9 @@ class DeepSpeed(Launched):
             "gradient_accumulation_steps": 1,
             "gradient_clipping": config.max_grad_norm,
         }
+        if self.precision == "bf16" and config.gradient_accumulation_steps > 1:
+            # in bf16 the sum of micro-batches loses what is small beside it
+            self._plugin.deepspeed_config["data_types"] = {"grad_accum_dtype": "fp32"}
 
     @staticmethod
     def before_start() -> None:
@@ -65,14 +71,16 @@ class DeepSpeed(Launched):
         """
         deepspeed.ops.__compatible_ops__ = {}
 
-    def prepare(self, scorer: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-        """Take over the policy's scorer and its optimizer."""
+    def prepare(self, scorer: nn.Module, optimizer: Optimizer, weight_rounding: str) -> tuple[nn.Module, Optimizer]:
+        """Take over the policy's scorer and its optimizer; DeepSpeed's masters start as the nearest half values."""
         if self.gathers_weights:
             mark_expert_blocks(scorer)
         else:
             scorer.to(self.device)
         self._scorer, prepared = self._accelerator.prepare(scorer, optimizer)
         self._engine: Any = self._accelerator.deepspeed_engine_wrapped.engine  # type: ignore[union-attr]
+        if self.weights_dtype is not None and weight_rounding != "nearest":
+            self._rounded = RoundedParts(self._adamw, self._held_parts(), self.weights_dtype, weight_rounding)
         return self._scorer, prepared
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
@@ -88,6 +96,9 @@ class DeepSpeed(Launched):
     def step(self, max_grad_norm: float) -> Tensor:
         """Take the step; DeepSpeed clips to the norm that it was told at the start."""
         self._engine.step()
+        self._steps += 1
+        if self._rounded is not None:
+            self._rounded.put_back(self._steps)
         return torch.as_tensor(self._engine.get_global_grad_norm())
 
     @property
@@ -100,10 +111,14 @@ class DeepSpeed(Launched):
 
     def fragments(self) -> Iterator[Fragment]:
         """The parts of the fp32 copies that this rank steps."""
+        shapes = {name: full_shape(parameter) for name, parameter in trained_parameters(self._scorer)}
+        for name, part in self._held_parts():
+            yield fragment(name, shapes[name], part, self._adamw)
+
+    def _held_parts(self) -> Iterator[tuple[str, HeldPart]]:
         for name, parameter in trained_parameters(self._scorer):
-            part = held_part(self._zero_optimizer, parameter)
-            if part is not None:
-                yield fragment(name, full_shape(parameter), part, self._adamw)
+            if (part := held_part(self._zero_optimizer, parameter)) is not None:
+                yield name, part
 
     def shared_fragments(self) -> Iterator[Fragment]:
         """All of them: no two ranks hold the same part."""
@@ -114,6 +129,7 @@ class DeepSpeed(Launched):
         scaler = loss_scaler(self._zero_optimizer)
         return {
             "optimizer_step": optimizer_step_count(self._adamw),
+            "steps": self._steps,
             "loss_scaler": {name: value for name, value in scaler.items() if isinstance(value, (int, float))},
         }
 
@@ -121,7 +137,9 @@ class DeepSpeed(Launched):
         """Undo `scalars`, and bring the weights that products use in line with their fp32 copies. Collective."""
         set_optimizer_step_count(self._adamw, scalars["optimizer_step"])
         loss_scaler(self._zero_optimizer).update(scalars["loss_scaler"])
-        refresh_weights(self._zero_optimizer)
+        self._steps = scalars.get("steps", 0)
+        with contextlib.nullcontext() if self._rounded is None else self._rounded.handed_out(self._steps):
+            refresh_weights(self._zero_optimizer)
 
     @contextmanager
     def loading_reference(self, offload: bool) -> Iterator[None]:
@@ -136,8 +154,11 @@ class DeepSpeed(Launched):
             del live
             self._plugin.set_deepspeed_weakref()
 
-    def freeze(self, scorer: nn.Module, offload: bool) -> nn.Module:
-        """Make a frozen scorer ready: whole beside stages 0 to 2, else a stage 3 engine without an optimizer."""
+    def freeze(self, scorer: nn.Module, offload: bool, weight_rounding: str) -> nn.Module:
+        """Make a frozen scorer ready: whole beside stages 0 to 2, else a stage 3 engine without an optimizer.
+
+        Its weights are the nearest half values, as the policy's are at its start under any rounding.
+        """
         scorer.eval().requires_grad_(False)
         if not offload and not self.gathers_weights:
             return scorer.to(self.device, dtype=self.weights_dtype)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 _RELEASING_SECONDS = 0.1
 
+HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by accelerate's name of a precision
+
 
 class Launched:
     """The part of `Engine` that does not depend on how the policy is trained; only this room sees the Accelerator."""

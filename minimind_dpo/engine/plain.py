@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 
 from minimind_dpo.config import TrainConfig
 from minimind_dpo.engine.fragments import Fragment, HeldPart, fragment, optimizer_step_count, set_optimizer_step_count
-from minimind_dpo.engine.launched import Launched, evenly_divided
+from minimind_dpo.engine.launched import HALF_TYPES, Launched, evenly_divided
 from minimind_dpo.engine.protocol import trained_parameters
+from minimind_dpo.engine.rounding import HalfWeights, rounded
 
 
 class Plain(Launched):
@@ -27,6 +28,8 @@ class Plain(Launched):
 
     def __init__(self, accelerator: Accelerator, config: TrainConfig):
         super().__init__(accelerator)
+        self._half_weights: HalfWeights | None = None
+        self._steps = 0
         if self.precision == "fp16" and self.device.type == "cpu":
             # accelerate computes in fp32 then, without a word
             accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
@@ -35,9 +38,12 @@ class Plain(Launched):
     def before_start() -> None:
         """Nothing to do before the processes meet."""
 
-    def prepare(self, scorer: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+    def prepare(self, scorer: Any, optimizer: Optimizer, weight_rounding: str) -> tuple[nn.Module, Optimizer]:
         """Take over the policy's scorer and its optimizer."""
         scorer.to(self.device)
+        if (dtype := HALF_TYPES.get(self.precision)) is not None:
+            self._half_weights = HalfWeights(scorer.product_weights(), dtype, weight_rounding)
+            scorer.half_weights = self._half_weights.copies
         self._scorer, self._optimizer = self._accelerator.prepare(scorer, optimizer)
         return self._scorer, self._optimizer
 
@@ -57,7 +63,13 @@ class Plain(Launched):
             self._adamw.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # its fused kernel skips then
         self._optimizer.step()
         self._optimizer.zero_grad()
+        self._steps += 1
+        self._refresh()
         return norm
+
+    def _refresh(self) -> None:
+        if self._half_weights is not None:
+            self._half_weights.refresh(self._steps)
 
     @property
     def _adamw(self) -> Optimizer:
@@ -82,6 +94,7 @@ class Plain(Launched):
         scaler = self._accelerator.scaler
         return {
             "optimizer_step": optimizer_step_count(self._adamw),
+            "steps": self._steps,
             "loss_scaler": {} if scaler is None else scaler.state_dict(),
         }
 
@@ -90,14 +103,18 @@ class Plain(Launched):
         set_optimizer_step_count(self._adamw, scalars["optimizer_step"])
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(scalars["loss_scaler"])
+        self._steps = scalars.get("steps", 0)
+        self._refresh()
 
     def loading_reference(self, offload: bool) -> AbstractContextManager[None]:
         """Around loading a reference, which stays whole."""
         return contextlib.nullcontext()
 
-    def freeze(self, scorer: nn.Module, offload: bool) -> nn.Module:
+    def freeze(self, scorer: Any, offload: bool, weight_rounding: str) -> nn.Module:
         """Make a frozen scorer ready: whole on the device, or with `offload` in CPU memory."""
         scorer.eval().requires_grad_(False)
+        if (dtype := HALF_TYPES.get(self.precision)) is not None:
+            scorer.replace_product_weights(lambda name, weight: rounded(weight, dtype, weight_rounding, name))
         if not offload:
             return scorer.to(self.device)
         # accelerate loses sight of tied weights on a CPU with an index

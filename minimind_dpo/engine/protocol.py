@@ -45,8 +45,12 @@ class Engine(Protocol):
 
     # the policy
 
-    def prepare(self, scorer: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-        """Take over the policy's scorer and its optimizer; what is returned takes their places. Once a run."""
+    def prepare(self, scorer: nn.Module, optimizer: Optimizer, weight_rounding: str) -> tuple[nn.Module, Optimizer]:
+        """Take over the policy's scorer and its optimizer; what is returned takes their places. Once a run.
+
+        In half precision, `weight_rounding` says how the weights that products use come of the fp32 masters
+        (`engine/rounding.py`).
+        """
         ...
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -94,12 +98,12 @@ class Engine(Protocol):
         """Around loading a reference: beside a divided policy it is divided from its first weight on."""
         ...
 
-    def freeze(self, scorer: nn.Module, offload: bool) -> nn.Module:
+    def freeze(self, scorer: nn.Module, offload: bool, weight_rounding: str) -> nn.Module:
         """Make a frozen scorer ready for forward passes beside the policy.
 
         It lies whole on the device, or is divided as the policy is. With `offload` it stays in CPU memory and streams
         through the device layer by layer: under DeepSpeed each rank keeps its share of it and layers are gathered,
-        else each rank has all of it.
+        else each rank has all of it. Its weights are rounded as the policy's are before its first step.
         """
         ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from minimind_dpo.data.batch import PairBatch
+from minimind_dpo.models.fast.half import product_places, product_weights
 from minimind_dpo.models.fast.patch import Patch
 from minimind_dpo.models.router import router_aux_loss, router_settings
 
@@ -37,6 +39,7 @@ class PairScorer(nn.Module):
     Attributes:
         fused_head: log-probabilities come from `models/fast/head.py` and the last layer works on counted positions
             only; off until `choose_layout` has seen that it changes nothing.
+        half_weights: by parameter the copies that products use instead, which an engine keeps up to date.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -45,6 +48,7 @@ class PairScorer(nn.Module):
         self.router = router_settings(model.config)
         self._patch = Patch(model)
         self.fused_head = False
+        self.half_weights: Mapping[nn.Parameter, Tensor] = {}
 
     def forward(self, batch: PairBatch) -> PairScores:
         """Score a batch; the language model head runs only where the next token counts.
@@ -63,7 +67,7 @@ class PairScorer(nn.Module):
         decoder, head = self._patch.decoder, self._patch.head
         fused = self.fused_head and head is not None
         wanted = batch.state_positions if fused and not wants_router else None
-        with self._patch.applied(packed=batch.segments is not None, wanted=wanted):
+        with self._patch.applied(packed=batch.segments is not None, wanted=wanted, copies=self.half_weights):
             if fused:
                 output = decoder(**inputs)
                 logps = head(output.last_hidden_state.flatten(0, -2)[batch.logit_positions], batch.target_ids)
@@ -73,6 +77,20 @@ class PairScorer(nn.Module):
         return PairScores(
             logps[batch.token_index], self._aux_losses(output, batch) if wants_router else logps.new_zeros(len(batch))
         )
+
+    def product_weights(self) -> dict[str, nn.Parameter]:
+        """The model's parameters that products use, by name."""
+        return product_weights(self.model)
+
+    def replace_product_weights(self, replacement: Callable[[str, nn.Parameter], Tensor]) -> None:
+        """Put what `replacement` makes of a name and a parameter in the places of a frozen model's product weights.
+
+        An embedding that is tied to the head keeps its own.
+        """
+        names = {parameter: name for name, parameter in self.product_weights().items()}
+        for module, name in list(product_places(self.model)):
+            parameter = getattr(module, name)
+            setattr(module, name, nn.Parameter(replacement(names[parameter], parameter), requires_grad=False))
 
     def _aux_losses(self, output: Any, batch: PairBatch) -> Tensor:
         assert self.router is not None

@@ -40,6 +40,11 @@ class LoadedReference:
     by_auto: bool = False
 
 
+def weight_rounding(config: TrainConfig) -> str:
+    """How a reference's weights are rounded: as the policy's start, of which with LoRA nothing is trained."""
+    return "nearest" if config.lora_r is not None else config.weight_rounding
+
+
 def switches_adapters_off(config: TrainConfig) -> bool:
     """Whether `auto` needs no reference of its own."""
     return config.reference == "auto" and config.lora_r is not None and config.ref_model_name_or_path is None
@@ -118,7 +123,7 @@ def make_reference(
             return CachedReference(cache)
     scorer: Any = policy
     if loaded.model is not None:
-        scorer = engine.freeze(PairScorer(loaded.model), offload=loaded.mode == "offload")
+        scorer = engine.freeze(PairScorer(loaded.model), loaded.mode == "offload", weight_rounding(config))
         loaded.model = None
         named = config.ref_model_name_or_path is not None
         adopt_layout(unwrap(scorer), policy, layout, engine.device, engine.autocast, decide, named=named)
@@ -142,4 +147,6 @@ def make_cache(config: TrainConfig, engine: Engine, digest: str, layout: PairLay
         "layout": layout.id,
         "device": engine.device.type,
     }
+    if engine.precision != "no" and weight_rounding(config) != "nearest":
+        numerics["weight_rounding"] = weight_rounding(config)
     return ReferenceCache(cache_directory(digest, numerics))

@@ -33,6 +33,7 @@ from minimind_dpo.objective.scoring import PairScorer, embedding_rows
 from minimind_dpo.reference.cache import Needed
 from minimind_dpo.reference.choosing import load_reference, make_reference
 from minimind_dpo.training.run import Run
+from minimind_dpo.training.settle import identity_before, settle
 from minimind_dpo.training.signals import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
         UserError: data, model, tokenizer and configuration do not go together, or the checkpoint is another run's.
         StoppedEarly: `stop` came while reference log-probabilities were computed.
     """
+    config = settle(config, engine.precision, checkpoint)
     tokenizer = load_tokenizer(tokenizer_path(config), config.trust_remote_code)
     policy = load_configured(config, config.model_name_or_path)
     check_vocabulary(policy, tokenizer)
@@ -56,7 +58,8 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
     loaded = load_reference(config, engine, policy, load_configured, single_pass=data.is_single_pass())
     state = _state(config, engine, data, loaded.digest, checkpoint)
     scorer = _trainable(config, policy)
-    prepared, optimizer = engine.prepare(scorer, make_optimizer(scorer, config.learning_rate, config.weight_decay))
+    optimizer = make_optimizer(scorer, config.learning_rate, config.weight_decay)
+    prepared, optimizer = engine.prepare(scorer, optimizer, config.weight_rounding)
     layout = choose_layout(unwrap(prepared), config.attn_implementation, engine.device, engine.autocast, decide)
     reference = make_reference(config, engine, loaded, unwrap(prepared), layout, data.needed(), stop.__bool__)
     if checkpoint is not None:  # last: up to here the policy is its own start, which a cache may be made of
@@ -183,7 +186,7 @@ def _state(
     if checkpoint is None:
         return state
     saved = read_state(checkpoint)
-    check_identity(saved, state, checkpoint, defaults=identity(TrainConfig()))
+    check_identity(saved, state, checkpoint, defaults=identity_before())
     if saved.total_steps != data.steps:
         logger.warning(
             "the run now has %d steps, not %d: from here on the learning rate follows the new length",

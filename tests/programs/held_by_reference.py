@@ -46,7 +46,7 @@ def main() -> None:
         sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in part.parameters())
         for part in [*model.model.layers, model.lm_head]
     )
-    scorer = engine.freeze(PairScorer(model), offload=True)
+    scorer = engine.freeze(PairScorer(model), True, "nearest")
     choose_layout(unwrap(scorer), "pairs", engine.device)
 
     row = {

@@ -47,7 +47,7 @@ def main() -> None:
     expected = outputs(model, 1)
     engine = start_engine(config)
     scorer = PairScorer(model.train())
-    scorer, _ = engine.prepare(scorer, make_optimizer(scorer, 1e-4, 0.0))
+    scorer, _ = engine.prepare(scorer, make_optimizer(scorer, 1e-4, 0.0), "nearest")
     assert choose_layout(unwrap(scorer), "pairs", engine.device, engine.autocast, decide) is PACKED
     for checkpointing in (False, True):
         if checkpointing:

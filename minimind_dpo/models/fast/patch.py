@@ -9,10 +9,10 @@ model is as it was.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from types import FunctionType, MethodType
+from types import FunctionType, MappingProxyType, MethodType
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from minimind_dpo.models.fast.attention import pair_attention
+from minimind_dpo.models.fast.half import shadowed
 from minimind_dpo.models.fast.head import token_logps
 from minimind_dpo.models.fast.nodes import rms_norm, rope, swiglu
 
@@ -62,7 +63,9 @@ class Patch:
         layers = getattr(self.decoder, "layers", None)
         self._last_layer = layers[-1] if layers else None
 
-    def applied(self, *, packed: bool, wanted: Tensor | None = None) -> AbstractContextManager[None]:
+    def applied(
+        self, *, packed: bool, wanted: Tensor | None = None, copies: Mapping[Any, Tensor] = MappingProxyType({})
+    ) -> AbstractContextManager[None]:
         """Around the forward pass of one batch.
 
         What activation checkpointing runs again in the backward pass, it runs under the same patch again.
@@ -70,6 +73,7 @@ class Patch:
         Args:
             packed: the model's attention is to be that over pairs (`models/fast/attention.py`).
             wanted: [S] ascending positions in the flattened rows whose last hidden states are used; None for all.
+            copies: of parameters that products use, which take their places.
 
         Raises:
             NotImplementedError: `packed`, and the model's class has an attention that cannot be exchanged.
@@ -79,6 +83,7 @@ class Patch:
         changes: list[Change] = [
             (module, _forward_name(module), forward) for module, forward in self._fused.items() if _is_own(module)
         ]
+        changes += shadowed(self._model, copies)
         if packed:
             changes += [(config, "_attn_implementation_internal", PAIR_ATTENTION) for config in self._configs]
         if wanted is not None and self._last_layer is not None:
