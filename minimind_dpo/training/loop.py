@@ -26,6 +26,7 @@ from minimind_dpo.training.metrics import peak_memory_gib
 from minimind_dpo.training.run import Run
 from minimind_dpo.training.run_directory import RunLog
 from minimind_dpo.training.schedule import learning_rate_schedule
+from minimind_dpo.training.visibility import UpdateWatch
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def train(run: Run, log: RunLog) -> None:
         config.lr_scheduler_type, config.learning_rate, state.total_steps, config.warmup_ratio
     )
     run.scorer.train()
-    clock = _Clock(state)
+    clock, watch = _Clock(state), UpdateWatch(run)
     progress = _progress_bar(run)
     unread: deque[StepResult] = deque()
     stopped = False
@@ -92,6 +93,7 @@ def train(run: Run, log: RunLog) -> None:
             _show(progress, numbers.totals, clock)
         if logs:
             _log_step(run, log, numbers, result.learning_rate, clock)
+            watch.look()
         if evaluates:
             _evaluate(run, log, clock)
         if stopped or (saves and config.save_steps):
