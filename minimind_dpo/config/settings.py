@@ -15,6 +15,7 @@ SMOOTHED_LOSS_TYPES = ["sigmoid", "sigmoid_norm", "robust"]
 REFERENCES = ("auto", "live", "offload", "cache", "adapter")
 LR_SCHEDULER_TYPES = ("minimind", "cosine", "cosine_with_min_lr", "linear", "constant", "constant_with_warmup")
 DTYPES = ("float32", "float16", "bfloat16")  # torch's names
+FROZEN_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class Bounds(NamedTuple):
@@ -67,6 +68,16 @@ class TrainConfig:
         "pairs", "pairs: packed shared-prefix batches; sdpa, eager, ...: one padded row a side"
     )
     gradient_checkpointing: bool = _free(False, "recompute activations in the backward pass")
+    dtype: str = _free(
+        "auto",
+        "type of a LoRA base's weights (auto: the type of the run's products): " + " | ".join(FROZEN_DTYPES),
+        choices=FROZEN_DTYPES,
+    )
+    ref_dtype: str = _free(
+        "auto",
+        "type of a reference model's weights (auto: as the policy's start): " + " | ".join(FROZEN_DTYPES),
+        choices=FROZEN_DTYPES,
+    )
     lora_r: int | None = _fixed(None, "rank of LoRA matrices; without it every weight is trained", bounds=POSITIVE)
     lora_alpha: float = _fixed(16, "LoRA's product is scaled by lora_alpha / lora_r", bounds=POSITIVE)
     lora_dropout: float = _fixed(0.0, "dropout before LoRA's matrices", bounds=DROPOUT)
@@ -128,6 +139,13 @@ class TrainConfig:
     def attends_pairs(self) -> bool:
         """Whether the packed shared-prefix layout is asked for."""
         return self.attn_implementation == "pairs"
+
+    @property
+    def switches_adapters_off(self) -> bool:
+        """Whether the reference is the policy without its LoRA matrices: as told, or as `auto` decides."""
+        if self.reference == "auto":
+            return self.lora_r is not None and self.ref_model_name_or_path is None
+        return self.reference == "adapter"
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:

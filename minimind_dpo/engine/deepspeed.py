@@ -48,6 +48,7 @@ class DeepSpeed(Launched):
         self.gathers_weights: bool = self._plugin.zero_stage == 3
         self.weights_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         _check_settings(self._plugin.deepspeed_config, config)
+        _check_weights(config, self.weights_dtype)
         # said in the training configuration; the loop itself counts micro-batches
         self._plugin.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,
@@ -173,3 +174,15 @@ def _check_settings(settings: dict[str, Any], config: TrainConfig) -> None:
     if problems:
         file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "the DeepSpeed settings")
         raise UserError(f"{file}:\n  " + "\n  ".join(problems))
+
+
+def _check_weights(config: TrainConfig, weights_dtype: torch.dtype | None) -> None:
+    """Refuse what the training configuration says of weights and DeepSpeed cannot do."""
+    own = str(weights_dtype or torch.float32).removeprefix("torch.")
+    problems = [
+        f"{name}: is {said}, but under DeepSpeed all weights have the type of its products, here {own}; leave it at auto"
+        for name, said in (("dtype", config.dtype), ("ref_dtype", config.ref_dtype))
+        if said not in ("auto", own)
+    ]
+    if problems:
+        raise UserError("the configuration has problems:\n  " + "\n  ".join(problems))

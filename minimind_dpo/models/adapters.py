@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from minimind_dpo.checkpoints.files import FragmentReader
-from minimind_dpo.engine.sharding import gathered
+from minimind_dpo.engine.sharding import gathered, is_partitioned
 from minimind_dpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ ADAPTER = "default"
 def add_adapters(
     model: PreTrainedModel, *, r: int, alpha: float, dropout: float, target_modules: Sequence[str], base: str, seed: int
 ) -> None:
-    """Freeze `model` and put trainable LoRA matrices beside its linear layers, in place.
+    """Freeze `model` and put trainable fp32 LoRA matrices beside its linear layers, in place.
 
     Args:
         model: to adapt.
@@ -53,6 +53,11 @@ def add_adapters(
             model.add_adapter(config, adapter_name=ADAPTER)
         except ValueError as error:
             raise UserError(f"lora_target_modules: {error}") from None
+    if any(is_partitioned(parameter) for parameter in model.parameters()):
+        return  # DeepSpeed steps fp32 copies of what it trains
+    for name, parameter in model.named_parameters():
+        if _is_lora(name):  # peft gives them the type of their layer
+            parameter.data = parameter.data.float()
 
 
 def has_adapters(model: PreTrainedModel) -> bool:
@@ -85,12 +90,12 @@ class Weight(NamedTuple):
         return [self.parameter, *self.layer.lora_A.parameters(), *self.layer.lora_B.parameters()]
 
     def value(self) -> Tensor:
-        """The weight to save, whole if its parts are."""
+        """The weight to save, whole if its parts are; fp32 with what LoRA's matrices add, which rounding would lose."""
         weight = self.parameter.detach()
         if self.layer is None:
             return weight
         delta = self.layer.get_delta_weight(ADAPTER).detach()  # type: ignore[attr-defined]
-        return (weight.float() + delta.float()).to(weight.dtype)
+        return weight.float() + delta.float()
 
 
 def merged_weights(model: PreTrainedModel) -> Iterator[Weight]:

@@ -26,7 +26,7 @@ from minimind_dpo.engine.ranks import decide, main_first
 from minimind_dpo.errors import UserError
 from minimind_dpo.files import is_raw_weights
 from minimind_dpo.models.adapters import add_adapters
-from minimind_dpo.models.loading import load_model, locate_model
+from minimind_dpo.models.loading import locate_model
 from minimind_dpo.objective.layout import choose_layout
 from minimind_dpo.objective.losses import LossSettings
 from minimind_dpo.objective.scoring import PairScorer, embedding_rows
@@ -34,6 +34,7 @@ from minimind_dpo.reference.cache import Needed
 from minimind_dpo.reference.choosing import load_reference, make_reference
 from minimind_dpo.training.run import Run
 from minimind_dpo.training.signals import StopRequest
+from minimind_dpo.training.weights import load_configured, policy_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +49,14 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
         StoppedEarly: `stop` came while reference log-probabilities were computed.
     """
     tokenizer = load_tokenizer(tokenizer_path(config), config.trust_remote_code)
-    policy = load_configured(config, config.model_name_or_path)
+    dtype = policy_dtype(config, engine, checkpoint)
+    policy = load_configured(config, config.model_name_or_path, dtype)
     check_vocabulary(policy, tokenizer)
     data = load_data(config, engine, tokenizer)
     stop.listen()
     # from CPU memory, before the policy moves
     loaded = load_reference(config, engine, policy, load_configured, single_pass=data.is_single_pass())
-    state = _state(config, engine, data, loaded.digest, checkpoint)
+    state = _state(config, engine, data, {"dtype": dtype, "reference_digest": loaded.digest}, checkpoint)
     scorer = _trainable(config, policy)
     prepared, optimizer = engine.prepare(scorer, make_optimizer(scorer, config.learning_rate, config.weight_decay))
     layout = choose_layout(unwrap(prepared), config.attn_implementation, engine.device, engine.autocast, decide)
@@ -123,16 +125,6 @@ def load_data(config: TrainConfig, engine: Engine, tokenizer: Any) -> RunData:
     return RunData(train, held_out, order, steps)
 
 
-def load_configured(config: TrainConfig, path: str) -> PreTrainedModel:
-    """Load a model as the configuration asks for it."""
-    overrides: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    if config.num_attention_heads is not None:
-        overrides["num_attention_heads"] = config.num_attention_heads
-    if not config.attends_pairs:
-        overrides["attn_implementation"] = config.attn_implementation
-    return load_model(path, **overrides)
-
-
 def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
     """AdamW with betas (0.9, 0.999), fused, decay on every trainable parameter as in MiniMind."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -170,20 +162,23 @@ def tokenizer_path(config: TrainConfig) -> str:
 
 
 def _state(
-    config: TrainConfig, engine: Engine, data: RunData, reference_digest: str, checkpoint: Path | None
+    config: TrainConfig, engine: Engine, data: RunData, weights: dict[str, str], checkpoint: Path | None
 ) -> TrainerState:
-    """The state of the run: of its start, or as `checkpoint` left it, if that is this run's."""
+    """The state of the run: of its start, or as `checkpoint` left it, if that is this run's.
+
+    `weights` is what the run knows of its weights: the type of the policy's start, and the reference's digest.
+    """
     now = identity(config) | {
         "global_batch": data.order.global_batch,
         "mixed_precision": engine.precision,
         "train_data_digest": data.train.digest,
-        "reference_digest": reference_digest,
+        **weights,
     }
     state = TrainerState(total_steps=data.steps, identity=now)
     if checkpoint is None:
         return state
     saved = read_state(checkpoint)
-    check_identity(saved, state, checkpoint, defaults=identity(TrainConfig()))
+    check_identity(saved, state, checkpoint, defaults=identity(TrainConfig()) | {"dtype": "float32"})
     if saved.total_steps != data.steps:
         logger.warning(
             "the run now has %d steps, not %d: from here on the learning rate follows the new length",

@@ -1,0 +1,213 @@
+"""Weights in the type they need: a frozen base or reference in half precision, adapters and masters in fp32."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_run import Inputs, make_inputs, run_command, same_bits, train_here
+from safetensors.torch import load_file
+
+from minimind_dpo.config import TrainConfig, make_config, save_config
+from minimind_dpo.demo.run import demo_config
+from minimind_dpo.engine.launcher import start_engine
+from minimind_dpo.errors import UserError
+from minimind_dpo.models.loading import load_model
+from minimind_dpo.training.run import Run
+from minimind_dpo.training.setup import build_run
+from minimind_dpo.training.signals import StopRequest
+
+REQUIRED = {"model_name_or_path": "m", "train_data": "d"}
+LORA = {"lora_r": 8, "learning_rate": 2e-3, "max_steps": 30, "eval_steps": "none"}
+
+
+def demo_flags(directory: Path, **options: Any) -> list[str]:
+    """The demo's run with other settings."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save_config(demo_config(directory / "run"), directory / "demo.yaml")
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    return ["--config", str(directory / "demo.yaml"), *words]
+
+
+def built(config: TrainConfig) -> Run:
+    """A run before its first step."""
+    return build_run(config, start_engine(config), None, StopRequest())
+
+
+def held_bytes(model: torch.nn.Module) -> int:
+    """Bytes behind the frozen weights of a model, a tied one once."""
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if "lora_" not in name
+    }
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"dtype": "bfloat16"}, "dtype: bfloat16 is for the frozen weights of a LoRA base, .*--mixed_precision"),
+        ({"dtype": "int4", "lora_r": 4}, "dtype: 'int4' is none of auto, float32, bfloat16, float16"),
+        ({"ref_dtype": "float16", "lora_r": 4}, "ref_dtype: float16 is for a reference model of its own"),
+        ({"ref_dtype": "float16", "lora_r": 4, "reference": "adapter"}, "ref_dtype: float16 is for a reference"),
+    ],
+)
+def test_types_without_a_meaning_are_refused(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says) as refused:
+        make_config(REQUIRED | values)
+    assert str(refused.value).count("\n") == 1
+    make_config(REQUIRED | {"dtype": "float32"})
+    make_config(REQUIRED | {"lora_r": 4, "dtype": "float16", "reference": "cache", "ref_dtype": "bfloat16"})
+
+
+def test_a_base_in_half_precision_takes_half_the_memory_and_adapters_stay_fp32(tmp_path: Path) -> None:
+    full, half = (
+        built(demo_config(tmp_path).__class__(**(vars(demo_config(tmp_path)) | {"lora_r": 8, "dtype": dtype})))
+        for dtype in ("float32", "bfloat16")
+    )
+    assert held_bytes(half.policy) == 0.5 * held_bytes(full.policy)
+    trained = {name: p for name, p in half.policy.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    assert all("lora_" in name for name in trained)
+    for group in half.optimizer.param_groups:
+        assert all(p.dtype == torch.float32 for p in group["params"])
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """Held-out loss of the demo with LoRA in fp32, before and after."""
+    directory = tmp_path_factory.mktemp("fp32")
+    assert train_here(demo_flags(directory, **LORA)) == 0
+    return held_out(directory / "run")
+
+
+def held_out(run: Path) -> dict[str, float]:
+    summary = json.loads((run / "summary.json").read_text())
+    return {when: summary[f"eval_{when}"]["eval_loss"] for when in ("before", "after")}
+
+
+@pytest.mark.parametrize("how", ["dtype", "mixed_precision"])
+def test_lora_learns_the_same_beside_a_bf16_base(tmp_path: Path, lora: dict[str, float], how: str) -> None:
+    """Computed in bf16 by the base's own type, and under autocast, where `auto` gives the base that type."""
+    if how == "dtype":
+        assert train_here(demo_flags(tmp_path, dtype="bfloat16", **LORA)) == 0
+    else:
+        result = run_command(demo_flags(tmp_path, **LORA), ACCELERATE_MIXED_PRECISION="bf16")
+        assert result.returncode == 0, result.stderr
+    after = held_out(tmp_path / "run")["after"]
+    print(lora, held_out(tmp_path / "run"))
+    assert lora["after"] < 0.7 * lora["before"]
+    assert after == pytest.approx(lora["after"], rel=0.02)
+    merged = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in merged.values()} == {torch.float32}
+    assert load_model(tmp_path / "run").config.dtype == torch.float32
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return make_inputs(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"dtype": "float16", "lora_dropout": 0.1}])
+def test_a_resumed_run_with_a_half_precision_base_has_the_same_bits(
+    tiny: Inputs, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    options = options | {"lora_r": 4, "save_steps": 1, "save_total_limit": 0}
+    assert train_here(tiny.flags(tmp_path / "whole", **options)) == 0
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step-000001"
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["identity"]["dtype"] == options["dtype"]
+    assert train_here(tiny.flags(tmp_path / "parts", resume=checkpoint, **options)) == 0
+    assert same_bits(tmp_path / "parts", tmp_path / "whole")
+    with pytest.raises(UserError, match=f"dtype: was {options['dtype']}, is float32"):
+        train_here(tiny.flags(tmp_path / "other", resume=checkpoint, **options | {"dtype": "float32"}))
+
+
+def test_a_checkpoint_from_before_there_were_types_goes_on_in_fp32(tiny: Inputs, tmp_path: Path) -> None:
+    """Under bf16 too, where `auto` would begin a new run with a bf16 base."""
+    options = {"lora_r": 4, "save_steps": 1, "dtype": "float32"}
+    result = run_command(tiny.flags(tmp_path / "whole", **options), ACCELERATE_MIXED_PRECISION="bf16")
+    assert result.returncode == 0, result.stderr
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step-000002"
+    _forget(checkpoint, "dtype")
+    options = {"lora_r": 4, "resume": checkpoint}
+    result = run_command(tiny.flags(tmp_path / "parts", **options), ACCELERATE_MIXED_PRECISION="bf16")
+    assert result.returncode == 0, result.stderr
+    assert same_bits(tmp_path / "parts", tmp_path / "whole")
+
+
+def _forget(checkpoint: Path, *settings: str) -> None:
+    """Make a checkpoint one that was written before there were these settings."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    for name in settings:
+        del state["identity"][name]
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    content = (checkpoint / "trainer_state.json").read_bytes()
+    entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest["files"]["trainer_state.json"] = entry
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("reference", ["live", "offload", "cache"])
+def test_a_reference_in_its_own_type(tiny: Inputs, tmp_path: Path, reference: str) -> None:
+    """The same weights in half precision are another reference: another digest, margins of rounding at the start."""
+    summaries = {}
+    for dtype in ("auto", "bfloat16", "float16"):
+        output = tmp_path / dtype
+        options = {"reference": reference, "ref_dtype": dtype, "max_steps": 1, "eval_data": tiny.eval_data}
+        assert train_here(tiny.flags(output, **options)) == 0
+        summaries[dtype] = json.loads((output / "summary.json").read_text())
+    assert len({summary["reference_digest"] for summary in summaries.values()}) == 3
+    margins = {dtype: abs(summary["eval_before"]["eval_rewards/margins"]) for dtype, summary in summaries.items()}
+    assert margins["auto"] < 1e-6
+    assert all(1e-6 < margins[dtype] < 1e-2 for dtype in ("float16", "bfloat16"))
+
+
+def test_what_precompute_scored_in_a_type_is_what_train_reads(tiny: Inputs, tmp_path: Path) -> None:
+    from minimind_dpo.config import load_config
+    from minimind_dpo.precompute import run
+
+    flags = tiny.flags(tmp_path / "run", reference="cache", ref_dtype="bfloat16")
+    assert run(load_config(flags, "precompute")) == 0
+    filled = sorted(path.name for path in (Path(_cache()) / "reference").iterdir())
+    assert train_here(flags) == 0
+    assert sorted(path.name for path in (Path(_cache()) / "reference").iterdir()) == filled
+    assert len(filled) == 1
+
+
+def _cache() -> str:
+    import os
+
+    return os.environ["MINIMIND_DPO_CACHE"]
+
+
+def test_a_live_reference_in_bf16_takes_half_the_memory(tiny: Inputs, tmp_path: Path) -> None:
+    from minimind_dpo.config import load_config
+
+    sizes = [
+        held_bytes(built(load_config(tiny.flags(tmp_path, reference="live", ref_dtype=dtype))).reference.scorer.model)
+        for dtype in ("auto", "bfloat16")
+    ]
+    assert sizes[1] == 0.5 * sizes[0]
+
+
+def test_a_checkpoint_beside_a_half_precision_base_exports_as_the_final_model(tiny: Inputs, tmp_path: Path) -> None:
+    assert train_here(tiny.flags(tmp_path / "run", lora_r=4, dtype="bfloat16", save_steps=3)) == 0
+    ours = load_model(tmp_path / "run" / "checkpoints" / "step-000003", dtype="auto").state_dict()
+    final = load_model(tmp_path / "run", dtype="auto").state_dict()
+    for name, tensor in final.items():
+        assert ours[name].dtype == torch.float32
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-7)
+
+
+def test_deepspeed_decides_itself(tiny: Inputs, tmp_path: Path) -> None:
+    options = {"lora_r": 4, "dtype": "bfloat16", "reference": "live", "ref_dtype": "float16"}
+    result = run_command(tiny.flags(tmp_path / "run", **options), "ds_zero2_cpu --num_processes 1")
+    assert result.returncode != 0
+    for name in ("dtype", "ref_dtype"):
+        assert f"{name}: is {options[name]}, but under DeepSpeed all weights have the type" in result.stderr
