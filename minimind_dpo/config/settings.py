@@ -61,7 +61,7 @@ class TrainConfig:
 
     model_name_or_path: str = _free("", "policy start: directory, hub id, run directory or MiniMind .pth")
     ref_model_name_or_path: str | None = _free(None, "reference model (default: the policy's start)")
-    tokenizer_name_or_path: str | None = _free(None, "tokenizer directory or hub id (default: the model's)")
+    tokenizer_name_or_path: str | None = _free(None, "tokenizer directory, .gguf file or hub id (default: the model's)")
     num_attention_heads: int | None = _free(None, "query heads of MiniMind raw weights (default 8)", bounds=POSITIVE)
     trust_remote_code: bool = _free(False, "run code that comes with a hub model")
     attn_implementation: str = _free(
