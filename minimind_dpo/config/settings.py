@@ -15,6 +15,7 @@ SMOOTHED_LOSS_TYPES = ["sigmoid", "sigmoid_norm", "robust"]
 REFERENCES = ("auto", "live", "offload", "cache", "adapter")
 LR_SCHEDULER_TYPES = ("minimind", "cosine", "cosine_with_min_lr", "linear", "constant", "constant_with_warmup")
 DTYPES = ("float32", "float16", "bfloat16")  # torch's names
+OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor")  # transformers' names where it has them
 FROZEN_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -112,10 +113,11 @@ class TrainConfig:
     max_steps: int = _free(-1, "optimizer steps; overrides num_train_epochs when positive")
     per_device_train_batch_size: int = _free(4, "pairs a micro-batch on each rank", bounds=POSITIVE)
     gradient_accumulation_steps: int = _free(1, "micro-batches an optimizer step", bounds=POSITIVE)
-    learning_rate: float = _fixed(4e-8, "peak learning rate of AdamW", bounds=POSITIVE)
+    optim: str = _fixed("adamw", "the optimizer: " + " | ".join(OPTIMIZERS), choices=OPTIMIZERS)
+    learning_rate: float = _fixed(4e-8, "peak learning rate of the optimizer", bounds=POSITIVE)
     lr_scheduler_type: str = _fixed("minimind", " | ".join(LR_SCHEDULER_TYPES), choices=LR_SCHEDULER_TYPES)
     warmup_ratio: float = _fixed(0.0, "share of the steps with a linearly rising learning rate", bounds=SHARE)
-    weight_decay: float = _fixed(0.01, "AdamW's decoupled weight decay, on every parameter", bounds=NOT_NEGATIVE)
+    weight_decay: float = _fixed(0.01, "decoupled weight decay, on every parameter", bounds=NOT_NEGATIVE)
     max_grad_norm: float = _fixed(1.0, "gradient norm clipping; 0 switches it off", bounds=NOT_NEGATIVE)
 
     logging_steps: int = _free(10, "optimizer steps between lines of metrics.jsonl", bounds=POSITIVE)

@@ -19,8 +19,9 @@ from torch.optim import Optimizer
 from transformers.integrations import HfDeepSpeedConfig
 
 from minimind_dpo.config import TrainConfig
-from minimind_dpo.engine.fragments import Fragment, fragment, optimizer_step_count, set_optimizer_step_count
+from minimind_dpo.engine.fragments import Fragment, fragment
 from minimind_dpo.engine.launched import Launched
+from minimind_dpo.engine.optimizers import set_step_count, step_count
 from minimind_dpo.engine.protocol import trained_parameters
 from minimind_dpo.engine.sharding import full_shape
 from minimind_dpo.engine.zero import frozen_config, held_part, loss_scaler, mark_expert_blocks, refresh_weights
@@ -111,16 +112,16 @@ class DeepSpeed(Launched):
         return self.fragments()
 
     def scalars(self) -> dict[str, Any]:
-        """AdamW's step count and fp16's loss scale."""
+        """The optimizer's step count and fp16's loss scale."""
         scaler = loss_scaler(self._zero_optimizer)
         return {
-            "optimizer_step": optimizer_step_count(self._adamw),
+            "optimizer_step": step_count(self._adamw),
             "loss_scaler": {name: value for name, value in scaler.items() if isinstance(value, (int, float))},
         }
 
     def restore_scalars(self, scalars: dict[str, Any]) -> None:
         """Undo `scalars`, and bring the weights that products use in line with their fp32 copies. Collective."""
-        set_optimizer_step_count(self._adamw, scalars["optimizer_step"])
+        set_step_count(self._adamw, scalars["optimizer_step"])
         loss_scaler(self._zero_optimizer).update(scalars["loss_scaler"])
         refresh_weights(self._zero_optimizer)
 
@@ -180,9 +181,11 @@ def _check_weights(config: TrainConfig, weights_dtype: torch.dtype | None) -> No
     """Refuse what the training configuration says of weights and DeepSpeed cannot do."""
     own = str(weights_dtype or torch.float32).removeprefix("torch.")
     problems = [
-        f"{name}: is {said}, but under DeepSpeed all weights have the type of its products, here {own}; leave it at auto"
+        f"{name}: is {said}, but under DeepSpeed weights have the type of its products, here {own}; leave it at auto"
         for name, said in (("dtype", config.dtype), ("ref_dtype", config.ref_dtype))
         if said not in ("auto", own)
     ]
+    if config.optim != "adamw":
+        problems.append(f"optim: is {config.optim}, but DeepSpeed divides the states of adamw only; use adamw here")
     if problems:
         raise UserError("the configuration has problems:\n  " + "\n  ".join(problems))

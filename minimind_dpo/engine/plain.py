@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minimind_dpo.config import TrainConfig
-from minimind_dpo.engine.fragments import Fragment, HeldPart, fragment, optimizer_step_count, set_optimizer_step_count
+from minimind_dpo.engine.fragments import Fragment, HeldPart, fragment
 from minimind_dpo.engine.launched import Launched, evenly_divided
+from minimind_dpo.engine.optimizers import set_step_count, skips_not_finite, step_count
 from minimind_dpo.engine.protocol import trained_parameters
 
 
@@ -53,21 +54,22 @@ class Plain(Launched):
         """Clip the accumulated gradients and take the optimizer's step."""
         norm = self._accelerator.clip_grad_norm_(self._scorer.parameters(), max_grad_norm or float("inf"))
         assert norm is not None
-        if not self.skips_overflows:  # else the scaler says so
-            self._adamw.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # its fused kernel skips then
-        self._optimizer.step()
+        if skips_not_finite(self._inner) and not self.skips_overflows:  # else the scaler says so
+            self._inner.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        if skips_not_finite(self._inner) or self.skips_overflows or norm.isfinite():
+            self._optimizer.step()
         self._optimizer.zero_grad()
         return norm
 
     @property
-    def _adamw(self) -> Optimizer:
+    def _inner(self) -> Optimizer:
         return self._optimizer.optimizer  # type: ignore[attr-defined]  # inside accelerate's
 
     def fragments(self) -> Iterator[Fragment]:
         """Every trained parameter, whole."""
         for name, parameter in trained_parameters(self._scorer):
             whole = HeldPart(parameter, 0, 0, parameter.numel())
-            yield fragment(name, tuple(parameter.shape), whole, self._adamw)
+            yield fragment(name, tuple(parameter.shape), whole, self._inner)
 
     def shared_fragments(self) -> Iterator[Fragment]:
         """The parameters that this rank writes: all ranks hold all of them and divide them evenly."""
@@ -78,16 +80,13 @@ class Plain(Launched):
                 yield held
 
     def scalars(self) -> dict[str, Any]:
-        """AdamW's step count and fp16's loss scale."""
+        """The optimizer's step count and fp16's loss scale."""
         scaler = self._accelerator.scaler
-        return {
-            "optimizer_step": optimizer_step_count(self._adamw),
-            "loss_scaler": {} if scaler is None else scaler.state_dict(),
-        }
+        return {"optimizer_step": step_count(self._inner), "loss_scaler": {} if scaler is None else scaler.state_dict()}
 
     def restore_scalars(self, scalars: dict[str, Any]) -> None:
         """Undo `scalars`."""
-        set_optimizer_step_count(self._adamw, scalars["optimizer_step"])
+        set_step_count(self._inner, scalars["optimizer_step"])
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(scalars["loss_scaler"])
 

@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
-from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from minimind_dpo.checkpoints.directory import load_checkpoint
@@ -21,6 +18,7 @@ from minimind_dpo.config import TrainConfig, identity
 from minimind_dpo.data.chat import load_tokenizer
 from minimind_dpo.data.order import PairOrder, total_steps
 from minimind_dpo.data.tokenized import TokenizedData, tokenize_files
+from minimind_dpo.engine.optimizers import make_optimizer
 from minimind_dpo.engine.protocol import Engine, unwrap
 from minimind_dpo.engine.ranks import decide, main_first
 from minimind_dpo.errors import UserError
@@ -58,7 +56,9 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
     loaded = load_reference(config, engine, policy, load_configured, single_pass=data.is_single_pass())
     state = _state(config, engine, data, {"dtype": dtype, "reference_digest": loaded.digest}, checkpoint)
     scorer = _trainable(config, policy)
-    prepared, optimizer = engine.prepare(scorer, make_optimizer(scorer, config.learning_rate, config.weight_decay))
+    trained = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(trained, config.learning_rate, config.weight_decay, config.optim)
+    prepared, optimizer = engine.prepare(scorer, optimizer)
     layout = choose_layout(unwrap(prepared), config.attn_implementation, engine.device, engine.autocast, decide)
     reference = make_reference(config, engine, loaded, unwrap(prepared), layout, data.needed(), stop.__bool__)
     if checkpoint is not None:  # last: up to here the policy is its own start, which a cache may be made of
@@ -123,12 +123,6 @@ def load_data(config: TrainConfig, engine: Engine, tokenizer: Any) -> RunData:
     order = PairOrder(len(train), global_batch, config.seed, config.shuffle)
     steps = total_steps(order.num_pairs, order.global_batch, config.num_train_epochs, config.max_steps)
     return RunData(train, held_out, order, steps)
-
-
-def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
-    """AdamW with betas (0.9, 0.999), fused, decay on every trainable parameter as in MiniMind."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True)
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:

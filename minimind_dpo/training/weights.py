@@ -29,7 +29,7 @@ def policy_dtype(config: TrainConfig, engine: Engine, checkpoint: Path | None = 
     """The type that the policy is loaded in: fp32 where it is trained, for a LoRA base what `dtype` says.
 
     `auto` is the type of the run's products, so that nothing is kept which they would round away; a run that goes on
-    from a checkpoint keeps the type that it began with, fp32 before there was a choice. DeepSpeed rounds weights itself.
+    from a checkpoint keeps the type that it began with, fp32 before there was a choice. DeepSpeed rounds them itself.
     """
     if config.dtype != "auto":
         return config.dtype
@@ -41,7 +41,7 @@ def policy_dtype(config: TrainConfig, engine: Engine, checkpoint: Path | None = 
 
 
 def reference_dtype(config: TrainConfig, engine: Engine) -> str:
-    """The type that a reference is loaded in: `ref_dtype`, or as the policy where it is the policy's start, else fp32."""
+    """The type that a reference is loaded in: `ref_dtype`; by default the policy's for its own start, else fp32."""
     if config.ref_dtype != "auto":
         return config.ref_dtype
     return policy_dtype(config, engine) if config.ref_model_name_or_path is None else "float32"
