@@ -55,13 +55,12 @@ def _precompute(config: TrainConfig, session: Session) -> None:
     from minimind_dpo.reference.digest import reference_digest
     from minimind_dpo.reference.filling import fill_cache
     from minimind_dpo.training.setup import check_vocabulary, load_data, tokenizer_path
-    from minimind_dpo.training.weights import load_configured, reference_dtype
+    from minimind_dpo.training.weights import load_reference_start
 
     engine = session.engine
     tokenizer = load_tokenizer(tokenizer_path(config), config.trust_remote_code)
     with engine.loading_reference(offload=False):
-        path = config.ref_model_name_or_path or config.model_name_or_path
-        model = load_configured(config, path, reference_dtype(config, engine))
+        model = load_reference_start(config, engine)
     check_vocabulary(model, tokenizer)
     needed = load_data(config, engine, tokenizer).needed()
     session.stop.listen()

@@ -125,6 +125,7 @@ def test_identity_is_what_checkpoints_hold() -> None:
         "lora_dropout": 0.0,
         "lora_target_modules": ["q_proj"],
         "optim": "adamw",
+        "quantization": "none",
     }
 
 

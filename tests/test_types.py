@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers_run import Inputs, make_inputs, run_command, same_bits, train_here
+from helpers_run import Inputs, make_inputs, run_command, same_bits, train_here, train_lines
 from safetensors.torch import load_file
 
+from minimind_dpo.cli import main as cli
 from minimind_dpo.config import TrainConfig, load_config, make_config, save_config
 from minimind_dpo.data.cache import cache_root
 from minimind_dpo.demo.run import demo_config
 from minimind_dpo.engine.launcher import start_engine
 from minimind_dpo.errors import UserError
 from minimind_dpo.models.loading import load_model
+from minimind_dpo.models.quantization import dequantize, quantize
 from minimind_dpo.precompute import run as precompute
 from minimind_dpo.training.run import Run
 from minimind_dpo.training.setup import build_run
 from minimind_dpo.training.signals import StopRequest
 
+BNB = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra 'quant' (bitsandbytes)")
 REQUIRED = {"model_name_or_path": "m", "train_data": "d"}
 LORA = {"lora_r": 8, "learning_rate": 1e-3, "max_steps": 20, "eval_steps": "none"}
 
@@ -195,9 +200,102 @@ def test_a_checkpoint_beside_a_half_precision_base_exports_as_the_final_model(ti
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-7)
 
 
+NF4 = {"lora_r": 4, "quantization": "nf4"}
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"quantization": "nf4"}, "quantization: nf4 weights can't be trained"),
+        (NF4 | {"reference": "offload"}, "reference: the reference is the policy's quantised base"),
+        (
+            NF4 | {"reference": "live", "ref_dtype": "bfloat16"},
+            "ref_dtype: the reference is the policy's quantised base",
+        ),
+    ],
+)
+def test_quantised_weights_that_cannot_be_are_refused(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says) as refused:
+        make_config(REQUIRED | values)
+    assert str(refused.value).count("\n") == 1
+
+
+@BNB
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_base_in_four_bits(tmp_path: Path, dtype: str) -> None:
+    """Linear layers take 4 bits and an 8-bit scale for 64 weights; passes with and without gradients agree."""
+    model = load_model(demo_config(tmp_path).model_name_or_path, dtype=dtype)
+    linear = [m for m in model.modules() if type(m) is torch.nn.Linear and m is not model.get_output_embeddings()]
+    count, size = sum(m.weight.numel() for m in linear), held_bytes(model)
+    saved = held_bytes(model) - count * model.dtype.itemsize
+    quantize(model, model.dtype)
+    assert held_bytes(model) - saved < 0.55 * count  # 4.127 bits, and two tables a layer
+    assert held_bytes(model) < size
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        quiet = model.eval()(tokens).logits
+    loud = model.train()(inputs_embeds=model.get_input_embeddings()(tokens).detach().requires_grad_()).logits
+    assert loud.requires_grad and torch.equal(quiet, loud)
+    dequantize(model)
+    noise = 1e-4 if dtype == "float32" else 0.3  # a logit of 20 has neighbours 0.125 apart in bf16
+    torch.testing.assert_close(model.to(quiet.dtype)(tokens).logits, quiet, rtol=0, atol=noise)
+
+
+@BNB
+def test_lora_learns_the_same_beside_a_base_in_four_bits(tmp_path: Path, lora: dict[str, float]) -> None:
+    assert train_here(demo_flags(tmp_path, quantization="nf4", **LORA)) == 0
+    after = held_out(tmp_path / "run")
+    assert after["before"] == pytest.approx(math.log(2), abs=1e-6)
+    assert after["after"] == pytest.approx(lora["after"], rel=0.02)
+
+
+@BNB
+@pytest.mark.parametrize("engine", [None, "multi_cpu"])
+def test_a_run_beside_four_bits_resumes_merges_and_exports(tiny: Inputs, tmp_path: Path, engine: str | None) -> None:
+    """The policy of the last checkpoint is the final model, which is a plain one; a resume has the same bits."""
+
+    def trained(name: str, **options: Any) -> Path:
+        flags = tiny.flags(tmp_path / name, **NF4, **options)
+        if engine is None:
+            assert train_here(flags) == 0
+        else:
+            result = run_command(flags, engine)
+            assert result.returncode == 0, result.stderr
+        return tmp_path / name
+
+    whole = trained("whole", save_steps=1, save_total_limit=0)
+    parts = trained("parts", resume=whole / "checkpoints" / "step-000001")
+    assert same_bits(parts, whole)
+    final, start = load_model(whole), load_model(tiny.model)
+    last = max((whole / "checkpoints").iterdir())
+    assert cli(["export", "--model", str(last), "--format", "hf", "--output", str(tmp_path / "out")]) == 0
+    exported = load_model(tmp_path / "out", dtype="auto").state_dict()
+    for name, tensor in final.state_dict().items():
+        assert exported[name].dtype == torch.float32
+        torch.testing.assert_close(exported[name], tensor, rtol=0, atol=1e-6)
+    moved = (final.model.layers[0].mlp.up_proj.weight - start.model.layers[0].mlp.up_proj.weight).abs()
+    assert 1e-4 < float(moved.detach().mean())
+
+
+@BNB
+def test_references_of_four_bits_agree(tiny: Inputs, tmp_path: Path) -> None:
+    """Adapters off, a copy of the quantised base, and the cache that precompute filled."""
+    lines = {}
+    assert precompute(load_config(tiny.flags(tmp_path / "x", reference="cache", **NF4), "precompute")) == 0
+    for reference in ("adapter", "live", "cache"):
+        assert train_here(tiny.flags(tmp_path / reference, reference=reference, **NF4)) == 0
+        lines[reference] = train_lines(tmp_path / reference)
+    assert len(list((cache_root() / "reference").iterdir())) == 1
+    for reference in ("live", "cache"):
+        for ours, theirs in zip(lines[reference], lines["adapter"], strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
 def test_deepspeed_decides_itself(tiny: Inputs, tmp_path: Path) -> None:
     options = {"lora_r": 4, "dtype": "bfloat16", "reference": "live", "ref_dtype": "float16"}
+    options |= {"quantization": "nf4", "ref_model_name_or_path": tiny.model}
     result = run_command(tiny.flags(tmp_path / "run", **options), "ds_zero2_cpu --num_processes 1")
     assert result.returncode != 0
+    assert "quantization: is nf4, for one process or DDP" in result.stderr
     for name in ("dtype", "ref_dtype"):
         assert f"{name}: is {options[name]}, but under DeepSpeed weights have the type" in result.stderr

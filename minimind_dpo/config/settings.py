@@ -15,6 +15,7 @@ SMOOTHED_LOSS_TYPES = ["sigmoid", "sigmoid_norm", "robust"]
 REFERENCES = ("auto", "live", "offload", "cache", "adapter")
 LR_SCHEDULER_TYPES = ("minimind", "cosine", "cosine_with_min_lr", "linear", "constant", "constant_with_warmup")
 DTYPES = ("float32", "float16", "bfloat16")  # torch's names
+QUANTIZATIONS = ("none", "nf4")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor")  # transformers' names where it has them
 FROZEN_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -78,6 +79,9 @@ class TrainConfig:
         "auto",
         "type of a reference model's weights (auto: as the policy's start): " + " | ".join(FROZEN_DTYPES),
         choices=FROZEN_DTYPES,
+    )
+    quantization: str = _fixed(
+        "none", "a LoRA base's linear layers in 4 bits (QLoRA): " + " | ".join(QUANTIZATIONS), choices=QUANTIZATIONS
     )
     lora_r: int | None = _fixed(None, "rank of LoRA matrices; without it every weight is trained", bounds=POSITIVE)
     lora_alpha: float = _fixed(16, "LoRA's product is scaled by lora_alpha / lora_r", bounds=POSITIVE)

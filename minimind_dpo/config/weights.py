@@ -19,3 +19,16 @@ def weight_problems(config: TrainConfig) -> Iterator[str]:
             f"ref_dtype: {config.ref_dtype} is for a reference model of its own, and here the reference is the policy "
             "without its LoRA matrices; remove it, or set reference to live, offload or cache"
         )
+    if config.quantization == "nf4":
+        yield from _quantization_problems(config)
+
+
+def _quantization_problems(config: TrainConfig) -> Iterator[str]:
+    if config.lora_r is None:
+        yield "quantization: nf4 weights can't be trained, only matrices beside them; set lora_r too"
+    elif config.ref_model_name_or_path is None:
+        own = "the reference is the policy's quantised base"
+        if config.ref_dtype in DTYPES and not config.switches_adapters_off:
+            yield f"ref_dtype: {own}; remove it, or name ref_model_name_or_path"
+        if config.reference == "offload":
+            yield f"reference: {own}, whose layers offload can't move; set it to adapter, live or cache"

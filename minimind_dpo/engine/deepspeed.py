@@ -185,6 +185,8 @@ def _check_weights(config: TrainConfig, weights_dtype: torch.dtype | None) -> No
         for name, said in (("dtype", config.dtype), ("ref_dtype", config.ref_dtype))
         if said not in ("auto", own)
     ]
+    if config.quantization != "none":
+        problems.append(f"quantization: is {config.quantization}, for one process or DDP; remove it, or DeepSpeed")
     if config.optim != "adamw":
         problems.append(f"optim: is {config.optim}, but DeepSpeed divides the states of adamw only; use adamw here")
     if problems:

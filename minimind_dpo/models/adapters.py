@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from minimind_dpo.checkpoints.files import FragmentReader
 from minimind_dpo.engine.sharding import gathered, is_partitioned
 from minimind_dpo.errors import UserError
+from minimind_dpo.models.quantization import plain_shape, plain_values
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -83,6 +84,11 @@ class Weight(NamedTuple):
     parameter: Parameter
     layer: LoraLayer | None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole weight."""
+        return plain_shape(self.parameter)
+
     def parts(self) -> list[Tensor]:
         """The parameters that `value` reads."""
         if self.layer is None:
@@ -91,7 +97,7 @@ class Weight(NamedTuple):
 
     def value(self) -> Tensor:
         """The weight to save, whole if its parts are; fp32 with what LoRA's matrices add, which rounding would lose."""
-        weight = self.parameter.detach()
+        weight = plain_values(self.parameter)
         if self.layer is None:
             return weight
         delta = self.layer.get_delta_weight(ADAPTER).detach()  # type: ignore[attr-defined]

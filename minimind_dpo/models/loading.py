@@ -19,6 +19,7 @@ from minimind_dpo.errors import UserError
 from minimind_dpo.files import is_raw_weights, looks_local
 from minimind_dpo.models.adapters import merge_adapters
 from minimind_dpo.models.overrides import apply_overrides, check_overrides, parse_dtype
+from minimind_dpo.models.quantization import dequantize, quantize
 from minimind_dpo.models.raw import load_raw
 from minimind_dpo.models.weights import summarize
 
@@ -122,8 +123,12 @@ def _load_checkpoint(
         settings = json.loads(adapter.read_text("utf-8"))
         base = settings["base_model_name_or_path"]
         heads = {"num_attention_heads": config.num_attention_heads} if is_raw_weights(Path(base).expanduser()) else {}
-        trained = read_state(location).identity.get("dtype")  # of the base; checkpoints had none once
+        run = read_state(location).identity
+        trained = run.get("dtype")  # of the base; checkpoints had none once
         model = load_model(base, dtype=trained or dtype or "auto", **options, **heads, **overrides)
+        if run.get("quantization", "none") != "none":  # LoRA's matrices were trained beside the rounded weights
+            quantize(model, model.dtype)
+            dequantize(model)
         if trained is not None:
             model.float()
         merge_adapters(model, reader, settings["lora_alpha"] / settings["r"])

@@ -17,7 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from minimind_dpo.engine.sharding import full_shape, gathered
+from minimind_dpo.engine.sharding import gathered
 from minimind_dpo.models.adapters import ADAPTER, has_adapters, merged_weights
 
 SHARD_BYTES = 4 << 30
@@ -27,7 +27,7 @@ Sized = TypeVar("Sized")
 def save_model(model: PreTrainedModel, directory: Path | None, shard_bytes: int = SHARD_BYTES) -> None:
     """Write configuration and weights; if the model is sharded between ranks, all of them must call it.
 
-    LoRA is merged, and then all weights are fp32, whatever the type of the base.
+    LoRA is merged, and then all weights are plain fp32 ones, whatever the type of the base.
 
     Args:
         model: to write.
@@ -36,7 +36,7 @@ def save_model(model: PreTrainedModel, directory: Path | None, shard_bytes: int 
     """
     merged = torch.float32 if has_adapters(model) else None
     weights = list(merged_weights(model))
-    sized = [(w, prod(full_shape(w.parameter)) * (merged or w.parameter.dtype).itemsize) for w in weights]
+    sized = [(w, prod(w.shape) * (merged or w.parameter.dtype).itemsize) for w in weights]
     shards = split_shards(sized, shard_bytes)
 
     def shard_tensors() -> Iterator[dict[str, Tensor]]:

@@ -32,7 +32,7 @@ from minimind_dpo.reference.cache import Needed
 from minimind_dpo.reference.choosing import load_reference, make_reference
 from minimind_dpo.training.run import Run
 from minimind_dpo.training.signals import StopRequest
-from minimind_dpo.training.weights import load_configured, policy_dtype
+from minimind_dpo.training.weights import load_configured, load_start, policy_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
     """
     tokenizer = load_tokenizer(tokenizer_path(config), config.trust_remote_code)
     dtype = policy_dtype(config, engine, checkpoint)
-    policy = load_configured(config, config.model_name_or_path, dtype)
+    policy = load_start(config, dtype)
     check_vocabulary(policy, tokenizer)
     data = load_data(config, engine, tokenizer)
     stop.listen()

@@ -9,8 +9,10 @@ from transformers import PreTrainedModel
 
 from minimind_dpo.checkpoints.state import read_state
 from minimind_dpo.config import TrainConfig
+from minimind_dpo.engine.optimizers import bitsandbytes
 from minimind_dpo.engine.protocol import Engine
 from minimind_dpo.models.loading import load_model
+from minimind_dpo.models.quantization import quantize
 
 _HALF = {"bf16": "bfloat16", "fp16": "float16"}
 
@@ -23,6 +25,29 @@ def load_configured(config: TrainConfig, path: str, dtype: str = "float32") -> P
     if not config.attends_pairs:
         overrides["attn_implementation"] = config.attn_implementation
     return load_model(path, **overrides)
+
+
+def load_start(config: TrainConfig, dtype: str) -> PreTrainedModel:
+    """Load the policy's start, with frozen layers in 4 bits if `quantization` says so.
+
+    Raises:
+        UserError: bitsandbytes is needed and not installed.
+    """
+    if config.quantization == "none":
+        return load_configured(config, config.model_name_or_path, dtype)
+    bitsandbytes(f"quantization: {config.quantization}")  # before anything is loaded
+    policy = load_configured(config, config.model_name_or_path, dtype)
+    quantize(policy, policy.dtype)
+    return policy
+
+
+def load_reference_start(config: TrainConfig, engine: Engine) -> PreTrainedModel:
+    """Load a run's reference on its own: the model named, or the policy's start, in the type it is scored in."""
+    own_type = config.ref_dtype != "auto"
+    if config.ref_model_name_or_path is None and not own_type:
+        return load_start(config, policy_dtype(config, engine))
+    path = config.ref_model_name_or_path or config.model_name_or_path
+    return load_configured(config, path, config.ref_dtype if own_type else "float32")
 
 
 def policy_dtype(config: TrainConfig, engine: Engine, checkpoint: Path | None = None) -> str:
@@ -38,10 +63,3 @@ def policy_dtype(config: TrainConfig, engine: Engine, checkpoint: Path | None = 
     if config.lora_r is None or engine.weights_dtype is not None:
         return "float32"
     return _HALF.get(engine.precision, "float32")
-
-
-def reference_dtype(config: TrainConfig, engine: Engine) -> str:
-    """The type that a reference is loaded in: `ref_dtype`; by default the policy's for its own start, else fp32."""
-    if config.ref_dtype != "auto":
-        return config.ref_dtype
-    return policy_dtype(config, engine) if config.ref_model_name_or_path is None else "float32"
