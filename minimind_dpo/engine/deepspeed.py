@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from transformers.integrations import HfDeepSpeedConfig
 
 from minimind_dpo.config import TrainConfig
+from minimind_dpo.engine.cpu import set_up_host_steps
 from minimind_dpo.engine.fragments import Fragment, fragment
 from minimind_dpo.engine.launched import Launched
 from minimind_dpo.engine.optimizers import set_step_count, step_count
@@ -50,6 +51,9 @@ class DeepSpeed(Launched):
         self.weights_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         _check_settings(self._plugin.deepspeed_config, config)
         _check_weights(config, self.weights_dtype)
+        offload = self._plugin.deepspeed_config["zero_optimization"].get("offload_optimizer") or {}
+        if self.device.type != "cpu" and offload.get("device", "none") != "none":
+            set_up_host_steps(self.world_size)
         # said in the training configuration; the loop itself counts micro-batches
         self._plugin.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,
