@@ -1,7 +1,8 @@
 """Frozen linear layers in 4 bits: NF4 with double quantisation, of QLoRA (Dettmers et al. 2023, arXiv:2305.14314).
 
-A weight takes 4.127 bits: an index into 16 values, an 8-bit scale for each 64 weights, and an fp32 one for each 256 of
-those. Layers are bitsandbytes'. Embeddings, norms and the output layer stay as they are, as in transformers.
+A weight takes 4.127 bits (`BYTES`): an index into 16 values, an 8-bit scale for each 64 weights, and an fp32 one for
+each 256 of those. Layers are bitsandbytes'. Embeddings, norms and the output layer stay as they are, as in
+transformers.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from transformers import PreTrainedModel
 from minimind_dpo.engine.optimizers import bitsandbytes
 from minimind_dpo.engine.sharding import full_shape
 
+BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
+
 
 def quantize(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Replace the linear layers of a model on the CPU by 4-bit ones that compute in `dtype`, one at a time, in place.
@@ -25,11 +28,15 @@ def quantize(model: PreTrainedModel, dtype: torch.dtype) -> None:
         UserError: bitsandbytes is not installed.
     """
     package = bitsandbytes("quantization: nf4")
-    head = model.get_output_embeddings()
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and module is not head:
-            model.set_submodule(name, _four_bits(package, module, dtype))
+    for name, module in quantizable(model).items():
+        model.set_submodule(name, _four_bits(package, module, dtype))
     model.is_loaded_in_4bit = True  # type: ignore[assignment]  # what peft asks
+
+
+def quantizable(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The layers that `quantize` replaces, by name."""
+    head = model.get_output_embeddings()
+    return {name: module for name, module in model.named_modules() if type(module) is nn.Linear and module is not head}
 
 
 def dequantize(model: PreTrainedModel) -> None:
