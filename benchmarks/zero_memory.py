@@ -30,7 +30,7 @@ from minimind_dpo.config import make_config
 from minimind_dpo.data.batch import pad_pairs
 from minimind_dpo.engine.launcher import start_engine
 from minimind_dpo.objective.scoring import PairScorer
-from minimind_dpo.training.setup import make_optimizer
+from minimind_dpo.engine.optimizers import make_optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
 BUCKET = 1_000_000  # elements; small, since the table is about states
@@ -75,7 +75,7 @@ def measure(hidden_size: int) -> None:
     model = LlamaForCausalLM._from_config(shape)  # under stage 3 sharded from its first weight on
     parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
     scorer = PairScorer(model.train())
-    scorer, _ = engine.prepare(scorer, make_optimizer(scorer, 1e-5, 0.01), "nearest")
+    scorer, _ = engine.prepare(scorer, make_optimizer(scorer.parameters(), 1e-5, 0.01), "nearest")
     held = 0
     for _ in range(2):
         engine.backward(scorer(pad_pairs([ROW]).to(engine.device)).per_token_logps.sum(), last=True)

@@ -51,17 +51,18 @@ def _precompute(config: TrainConfig, session: Session) -> None:
     from minimind_dpo.engine.ranks import decide
     from minimind_dpo.objective.layout import choose_layout
     from minimind_dpo.objective.scoring import PairScorer
-    from minimind_dpo.reference.choosing import make_cache, switches_adapters_off, weight_rounding
+    from minimind_dpo.reference.choosing import make_cache, weight_rounding
     from minimind_dpo.reference.digest import reference_digest
     from minimind_dpo.reference.filling import fill_cache
     from minimind_dpo.training.settle import settle
-    from minimind_dpo.training.setup import check_vocabulary, load_configured, load_data, tokenizer_path
+    from minimind_dpo.training.setup import check_vocabulary, load_data, tokenizer_path
+    from minimind_dpo.training.weights import load_reference_start
 
     engine = session.engine
     config = settle(config, engine.precision)
     tokenizer = load_tokenizer(tokenizer_path(config), config.trust_remote_code)
     with engine.loading_reference(offload=False):
-        model = load_configured(config, config.ref_model_name_or_path or config.model_name_or_path)
+        model = load_reference_start(config, engine)
     check_vocabulary(model, tokenizer)
     needed = load_data(config, engine, tokenizer).needed()
     session.stop.listen()
@@ -79,7 +80,7 @@ def _precompute(config: TrainConfig, session: Session) -> None:
             f"{pairs} pairs: {scored} scored ({scored / seconds:.1f} pairs/s), {pairs - scored} found\n"
             f"in {cache.directory}"
         )
-    if switches_adapters_off(config):
+    if config.switches_adapters_off:
         logger.info("with LoRA, train reads it if told --reference cache; by default it switches the matrices off")
 
 

@@ -124,6 +124,8 @@ def test_identity_is_what_checkpoints_hold() -> None:
         "lora_alpha": 16.0,
         "lora_dropout": 0.0,
         "lora_target_modules": ["q_proj"],
+        "optim": "adamw",
+        "quantization": "none",
     }
 
 

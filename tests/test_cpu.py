@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from minimind_dpo.engine.cpu import available_cores
+
 # 256 MiB in blocks of 4, twice: what the second round pays for
 PROGRAM = """
 import resource
@@ -38,3 +40,40 @@ def test_freed_memory_is_used_again() -> None:
     """Unless the user has set up the allocator."""
     assert page_faults() < PAGES / 20
     assert page_faults(MALLOC_TRIM_THRESHOLD_="1000000") > PAGES / 2
+
+
+# what DeepSpeed's engine does as it starts beside a GPU, told by a stand-in for accelerate
+OFFLOAD = """
+import os, sys
+from types import SimpleNamespace as N
+import torch
+from minimind_dpo.config import TrainConfig
+from minimind_dpo.engine.deepspeed import DeepSpeed
+
+zero = {"stage": 2} | ({"offload_optimizer": {"device": "cpu"}} if sys.argv[1] == "offload" else {})
+plugin = N(zero_stage=2, deepspeed_config={"zero_optimization": zero})
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+DeepSpeed(N(device=torch.device("cuda"), process_index=0, num_processes=2, is_main_process=True,
+            mixed_precision="bf16", state=N(deepspeed_plugin=plugin)), TrainConfig())
+print(torch.get_num_threads(), os.environ["OMP_NUM_THREADS"])
+"""
+LAUNCHED = {"LOCAL_WORLD_SIZE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="DeepSpeed is for Linux")
+@pytest.mark.parametrize(
+    ("optimizer", "extra", "threads"),
+    [
+        ("offload", {"TORCHELASTIC_RUN_ID": "none"}, "all"),
+        ("offload", {"ACCELERATE_MIXED_PRECISION": "bf16"}, "all"),
+        ("offload", {"TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "3"}, "3"),
+        ("here", {"TORCHELASTIC_RUN_ID": "none"}, "1"),
+    ],
+)
+def test_an_optimizer_on_the_host_has_its_share_of_the_cores(
+    optimizer: str, extra: dict[str, str], threads: str
+) -> None:
+    """`accelerate launch` and torchrun leave each rank one thread, unless the user asked for more."""
+    output = subprocess.check_output([sys.executable, "-c", OFFLOAD, optimizer], env=os.environ | LAUNCHED | extra)
+    expected = available_cores() if threads == "all" else int(threads)
+    assert output.split()[-2:] == [str(expected).encode()] * 2

@@ -38,7 +38,9 @@ SMALL = ModelShape(
     fused=True,
     vocab=50,
 )
-LORA = replace(SMALL, adapters=(40, 60, 40, 60), lora_r=2)
+LORA = replace(SMALL, adapters=(40, 60, 40, 60), lora_r=2, linear=(3000,))
+BIG = replace(SMALL, parameters=(8192, 1000), factors=(64 + 128, 1000))
+NF4 = 0.5 + 1 / 64 + 4 / 64 / 256  # bytes of an index, of a scale for 64, of a scale for 256 of those
 PLAIN = replace(SMALL, fused=False)
 FP32 = planned(pairs=2, length=6, prompt_share=0.5, cpu=True)  # 3 tokens shared, 2 more a side are input: 2 (3 + 2 + 2)
 GPU = planned(pairs=2, length=6, prompt_share=0.5, bf16=True)
@@ -54,6 +56,18 @@ TERMS = [
     (states.optimizer_states, SMALL, planned(), 2 * 4 * 4000),
     (states.optimizer_states, SMALL, planned(1, world=4, bf16=True), 3 * 4 * 4000 / 4),
     (states.optimizer_states, LORA, planned(2, world=2), 3 * 4 * 200 / 2),
+    (states.weights, LORA, planned(dtype="bfloat16"), 2 * 4000 + 4 * 200),
+    (states.weights, LORA, planned(bf16=True), 2 * 4000 + 4 * 200),
+    (states.weights, LORA, planned(bf16=True, dtype="float32"), 4 * 4200),
+    (states.weights, LORA, planned(quantization="nf4"), NF4 * 3000 + 4 * 1000 + 4 * 200),
+    (states.base_blocks, SMALL, planned(bf16=True), 4 * 4000),
+    (states.base_blocks, LORA, planned(bf16=True, quantization="nf4"), NF4 * 3000 + 2 * 1000),
+    (states.optimizer_states, BIG, planned(optim="adamw_8bit"), (2 + 8 / 256) * 8192 + 8 * 1000),
+    (states.optimizer_states, BIG, planned(optim="paged_adamw_8bit"), (2 + 8 / 256) * 8192 + 8 * 1000),
+    (states.optimizer_states, BIG, planned(optim="adafactor"), 4 * (64 + 128 + 1000)),
+    (states.reference_blocks, SMALL, planned(ref_dtype="float16"), 2 * 4000),
+    (states.reference_blocks, LORA, planned(dtype="bfloat16"), 2 * 4000),
+    (states.reference_blocks, SMALL, planned(2, bf16=True), 2 * 4000),
     (states.whole_gradients, SMALL, planned(world=2), 4 * 4000),
     (states.whole_gradients, SMALL, planned(1, world=2, bf16=True), 2 * 4000),
     (states.whole_gradients, BILLION, planned(1, world=2, cpu=True), 4 * 950_000_000),
@@ -74,6 +88,13 @@ TERMS = [
     (states.offload_buffers, SMALL, planned(3, "all", world=2), 0),
     (phases.weights_file, replace(SMALL, stored=2), FP32, 2 * 4000),
     (phases.weights_file, SMALL, planned(3), 4 * 3000),
+    (phases.weights_file, LORA, planned(bf16=True), 2 * 4000),
+    (phases.loaded_model, LORA, planned(dtype="bfloat16", cpu=True), 2 * 4000),
+    (phases.loaded_model, replace(LORA, stored=2), planned(dtype="bfloat16", cpu=True), 0),
+    (phases.loaded_model, LORA, planned(bf16=True, quantization="nf4"), NF4 * 3000 + 2 * 1000),
+    (phases.quantized_model, LORA, planned(bf16=True, quantization="nf4"), NF4 * 3000),
+    (phases.quantized_model, LORA, planned(), 0),
+    (phases.loaded_reference, SMALL, planned(reference="live", ref_dtype="bfloat16"), 2 * 4000),
     (phases.loaded_model, SMALL, FP32, 0),
     (phases.loaded_model, replace(SMALL, stored=2), FP32, 4 * 4000),
     (phases.loaded_model, SMALL, planned(3, world=4, bf16=True), 2 * 4000 / 4 + 4 * 3000),
@@ -112,7 +133,10 @@ TERMS = [
     (activations.kept_activations, SMALL, FP32, 14 * 744 + 14 * 384 + 12 * 360 + (4 * 14 + 4 * 4 * 12) * 10),
     (activations.working_activations, SMALL, GPU, 2 * 2 * 14 * 30),
     (activations.rounded_weights, SMALL, GPU, 2 * 4000),
+    (activations.rounded_weights, LORA, GPU, 2 * 200),
     (activations.rounded_weights, SMALL, FP32, 0),
+    (activations.dequantized_weight, LORA, replace(GPU, quantization="nf4"), 2 * 3000),
+    (activations.dequantized_weight, LORA, GPU, 0),
     # of each pair one block of 5 queries that see 5 keys, and one of 2 that see the 3 shared ones and these 2
     (activations.kept_softmax, SMALL, FP32, 2 * 2 * 4 * 2 * (5 * 5 + 2 * 5)),
     (activations.kept_softmax, SMALL, GPU, 0),
@@ -123,10 +147,15 @@ TERMS = [
 
 @pytest.mark.parametrize(("term", "shape", "run", "expected"), TERMS)
 def test_terms_by_hand(
-    term: Callable[[ModelShape, RunShape], list[Allocation] | float], shape: ModelShape, run: RunShape, expected: float
+    term: Callable[[ModelShape, RunShape], list[Allocation] | list[float] | float],
+    shape: ModelShape,
+    run: RunShape,
+    expected: float,
 ) -> None:
     found = term(shape, run)
-    assert (total(found) if isinstance(found, list) else found) == pytest.approx(expected)
+    if isinstance(found, list):
+        found = sum(item.bytes if isinstance(item, Allocation) else item for item in found)
+    assert found == pytest.approx(expected)
 
 
 def test_every_term_is_checked() -> None:

@@ -78,13 +78,13 @@ class FragmentReader:
                     length = file.get_slice(key).get_shape()[0]
                     self._stored.setdefault((kind, name), []).append(_StoredFragment(int(start), length, path, key))
 
-    def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
-        """[length] values of one parameter's weight or moment from element `start` on, fp32 on the CPU.
+    def read(self, kind: str, name: str, start: int, length: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[length] values of one parameter's weight or state from element `start` on, on the CPU.
 
         Raises:
             KeyError: the checkpoint does not hold all of them.
         """
-        values = torch.empty(length)
+        values = torch.empty(length, dtype=dtype)
         missing = length
         for stored in self._stored.get((kind, name), []):
             first, last = max(start, stored.start), min(start + length, stored.start + stored.length)
@@ -106,4 +106,4 @@ class FragmentReader:
     def fill(self, fragment: Fragment) -> None:
         """Write the checkpoint's values into a fragment's states."""
         for kind, state in fragment.states.items():
-            state.copy_(self.read(kind, fragment.name, fragment.start, state.numel()))
+            state.copy_(self.read(kind, fragment.name, fragment.start, state.numel(), state.dtype))

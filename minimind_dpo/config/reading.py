@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from minimind_dpo.config.settings import LOSS_TYPES, SMOOTHED_LOSS_TYPES, TrainConfig
+from minimind_dpo.config.weights import weight_problems
 from minimind_dpo.errors import UserError
 from minimind_dpo.files import write_text
 
@@ -199,4 +200,6 @@ def _check(config: TrainConfig, skip: set[str]) -> list[str]:
         problems.append("warmup_ratio: lr_scheduler_type minimind has no warmup; use cosine_with_min_lr")
     if config.eval_steps is not None and not config.eval_data and "eval_data" not in skip:
         problems.append("eval_steps: needs eval_data")
+    if not skip & {"lora_r", "reference", "ref_model_name_or_path"}:
+        problems += weight_problems(config)
     return problems

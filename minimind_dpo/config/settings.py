@@ -16,6 +16,9 @@ REFERENCES = ("auto", "live", "offload", "cache", "adapter")
 LR_SCHEDULER_TYPES = ("minimind", "cosine", "cosine_with_min_lr", "linear", "constant", "constant_with_warmup")
 WEIGHT_ROUNDINGS = ("auto", "dithered", "stochastic", "nearest")
 DTYPES = ("float32", "float16", "bfloat16")  # torch's names
+QUANTIZATIONS = ("none", "nf4")
+OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor")  # transformers' names where it has them
+FROZEN_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class Bounds(NamedTuple):
@@ -61,7 +64,7 @@ class TrainConfig:
 
     model_name_or_path: str = _free("", "policy start: directory, hub id, run directory or MiniMind .pth")
     ref_model_name_or_path: str | None = _free(None, "reference model (default: the policy's start)")
-    tokenizer_name_or_path: str | None = _free(None, "tokenizer directory or hub id (default: the model's)")
+    tokenizer_name_or_path: str | None = _free(None, "tokenizer directory, .gguf file or hub id (default: the model's)")
     num_attention_heads: int | None = _free(None, "query heads of MiniMind raw weights (default 8)", bounds=POSITIVE)
     trust_remote_code: bool = _free(False, "run code that comes with a hub model")
     attn_implementation: str = _free(
@@ -72,6 +75,19 @@ class TrainConfig:
         "auto",
         "how fp32 weights become those of half-precision products: " + " | ".join(WEIGHT_ROUNDINGS),
         choices=WEIGHT_ROUNDINGS,
+    )
+    dtype: str = _free(
+        "auto",
+        "type of a LoRA base's weights (auto: the type of the run's products): " + " | ".join(FROZEN_DTYPES),
+        choices=FROZEN_DTYPES,
+    )
+    ref_dtype: str = _free(
+        "auto",
+        "type of a reference model's weights (auto: as the policy's start): " + " | ".join(FROZEN_DTYPES),
+        choices=FROZEN_DTYPES,
+    )
+    quantization: str = _fixed(
+        "none", "a LoRA base's linear layers in 4 bits (QLoRA): " + " | ".join(QUANTIZATIONS), choices=QUANTIZATIONS
     )
     lora_r: int | None = _fixed(None, "rank of LoRA matrices; without it every weight is trained", bounds=POSITIVE)
     lora_alpha: float = _fixed(16, "LoRA's product is scaled by lora_alpha / lora_r", bounds=POSITIVE)
@@ -107,10 +123,11 @@ class TrainConfig:
     max_steps: int = _free(-1, "optimizer steps; overrides num_train_epochs when positive")
     per_device_train_batch_size: int = _free(4, "pairs a micro-batch on each rank", bounds=POSITIVE)
     gradient_accumulation_steps: int = _free(1, "micro-batches an optimizer step", bounds=POSITIVE)
-    learning_rate: float = _fixed(4e-8, "peak learning rate of AdamW", bounds=POSITIVE)
+    optim: str = _fixed("adamw", "the optimizer: " + " | ".join(OPTIMIZERS), choices=OPTIMIZERS)
+    learning_rate: float = _fixed(4e-8, "peak learning rate of the optimizer", bounds=POSITIVE)
     lr_scheduler_type: str = _fixed("minimind", " | ".join(LR_SCHEDULER_TYPES), choices=LR_SCHEDULER_TYPES)
     warmup_ratio: float = _fixed(0.0, "share of the steps with a linearly rising learning rate", bounds=SHARE)
-    weight_decay: float = _fixed(0.01, "AdamW's decoupled weight decay, on every parameter", bounds=NOT_NEGATIVE)
+    weight_decay: float = _fixed(0.01, "decoupled weight decay, on every parameter", bounds=NOT_NEGATIVE)
     max_grad_norm: float = _fixed(1.0, "gradient norm clipping; 0 switches it off", bounds=NOT_NEGATIVE)
 
     logging_steps: int = _free(10, "optimizer steps between lines of metrics.jsonl", bounds=POSITIVE)
@@ -134,6 +151,13 @@ class TrainConfig:
     def attends_pairs(self) -> bool:
         """Whether the packed shared-prefix layout is asked for."""
         return self.attn_implementation == "pairs"
+
+    @property
+    def switches_adapters_off(self) -> bool:
+        """Whether the reference is the policy without its LoRA matrices: as told, or as `auto` decides."""
+        if self.reference == "auto":
+            return self.lora_r is not None and self.ref_model_name_or_path is None
+        return self.reference == "adapter"
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:

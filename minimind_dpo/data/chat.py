@@ -129,7 +129,7 @@ def shared_prefix_length(first: npt.ArrayLike, second: npt.ArrayLike) -> int:
 
 
 def load_tokenizer(name: str | os.PathLike[str], trust_remote_code: bool = False) -> Any:
-    """The tokenizer in a directory, or of a hub id.
+    """The tokenizer in a directory or a `.gguf` file, or of a hub id.
 
     Raises:
         UserError: there is none, or it is not a fast tokenizer (character offsets are needed for masks).
@@ -137,26 +137,34 @@ def load_tokenizer(name: str | os.PathLike[str], trust_remote_code: bool = False
     from transformers import AutoTokenizer  # late: it takes seconds, which a wrong path need not wait for
 
     path = Path(name).expanduser()
+    _check_place(name, path)
+    source, files = str(path if path.exists() else name), {}
     if path.is_file():
-        raise UserError(f"{name}: a file holds no tokenizer; name a directory or a hub id (--tokenizer_name_or_path)")
-    if path.is_dir():
-        if not any((path / file).exists() for file in _TOKENIZER_FILES):
-            raise UserError(
-                f"{name}: no tokenizer in this directory (looked for {', '.join(_TOKENIZER_FILES)}); "
-                "name one with --tokenizer_name_or_path"
-            )
-    elif looks_local(str(name)):
-        raise UserError(
-            f"{name}: no such directory (looked from {Path.cwd()}); name the tokenizer's directory or hub id"
-        )
+        source, files = str(path.parent), {"gguf_file": path.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(path if path.is_dir() else name), trust_remote_code=trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **files)
     except Exception as error:  # the hub's client and the parsers raise errors of many families
         raise UserError(f"{name}: no tokenizer can be loaded from it: {error}") from None
     _check_fast(tokenizer)
     return tokenizer
+
+
+def _check_place(name: str | os.PathLike[str], path: Path) -> None:
+    """Refuse a path where no tokenizer can be."""
+    if path.is_file() and path.suffix != ".gguf":
+        raise UserError(
+            f"{name}: a file holds no tokenizer, unless it is a .gguf file; name a directory or a hub id "
+            "(--tokenizer_name_or_path)"
+        )
+    if path.is_dir() and not any((path / file).exists() for file in _TOKENIZER_FILES):
+        raise UserError(
+            f"{name}: no tokenizer in this directory (looked for {', '.join(_TOKENIZER_FILES)}); "
+            "name one with --tokenizer_name_or_path"
+        )
+    if not path.exists() and looks_local(str(name)):
+        raise UserError(
+            f"{name}: no such directory (looked from {Path.cwd()}); name the tokenizer's directory or hub id"
+        )
 
 
 def _render(pair: PreferencePair, messages: list[Message], tokenizer: Any, first_turn: int) -> tuple[str, list[Span]]:

@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Show one preference pair as the model sees it: token ids, completion mask, shared prefix.",
     )
     parser.add_argument("--data", required=True, nargs="+", help="preference data: file, glob, directory or hub id")
-    parser.add_argument("--tokenizer", required=True, help="directory or hub id of the tokenizer")
+    parser.add_argument("--tokenizer", required=True, help="directory, .gguf file or hub id of the tokenizer")
     parser.add_argument("--index", type=_index, default=0, help="which row, from 0 (default 0)")
     parser.add_argument("--max_length", type=int, default=1024, help="tokens a side (default 1024)")
     parser.add_argument(

@@ -19,13 +19,21 @@ def set_up_cpu(processes: int) -> None:
     _keep_freed_memory()
 
 
+def set_up_host_steps(processes: int) -> None:
+    """Set the threads of a rank beside a GPU whose optimizer steps in the host's memory."""
+    threads = _threads(processes)
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # DeepSpeed's own AdamW has an OpenMP library of its own, loaded later
+
+
 def _threads(processes: int) -> int:
     """The user's OMP_NUM_THREADS, or the machine's cores shared by its ranks.
 
-    `accelerate launch` sets OMP_NUM_THREADS=1 whenever the user said nothing, which would idle the other cores.
+    `accelerate launch` and torchrun set OMP_NUM_THREADS=1 whenever the user said nothing, which would idle the other
+    cores.
     """
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if asked and not (launched and asked == "1"):
         return torch.get_num_threads()
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", processes))

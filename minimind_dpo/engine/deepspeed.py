@@ -19,8 +19,10 @@ from torch.optim import Optimizer
 from transformers.integrations import HfDeepSpeedConfig
 
 from minimind_dpo.config import TrainConfig
-from minimind_dpo.engine.fragments import Fragment, HeldPart, fragment, optimizer_step_count, set_optimizer_step_count
+from minimind_dpo.engine.cpu import set_up_host_steps
+from minimind_dpo.engine.fragments import Fragment, HeldPart, fragment
 from minimind_dpo.engine.launched import HALF_TYPES, Launched
+from minimind_dpo.engine.optimizers import set_step_count, step_count
 from minimind_dpo.engine.protocol import trained_parameters
 from minimind_dpo.engine.rounding import RoundedParts
 from minimind_dpo.engine.sharding import full_shape
@@ -51,6 +53,10 @@ class DeepSpeed(Launched):
         self._rounded: RoundedParts | None = None
         self._steps = 0
         _check_settings(self._plugin.deepspeed_config, config)
+        _check_weights(config, self.weights_dtype)
+        offload = self._plugin.deepspeed_config["zero_optimization"].get("offload_optimizer") or {}
+        if self.device.type != "cpu" and offload.get("device", "none") != "none":
+            set_up_host_steps(self.world_size)
         # said in the training configuration; the loop itself counts micro-batches
         self._plugin.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,
@@ -125,17 +131,17 @@ class DeepSpeed(Launched):
         return self.fragments()
 
     def scalars(self) -> dict[str, Any]:
-        """AdamW's step count and fp16's loss scale."""
+        """The optimizer's step count and fp16's loss scale."""
         scaler = loss_scaler(self._zero_optimizer)
         return {
-            "optimizer_step": optimizer_step_count(self._adamw),
+            "optimizer_step": step_count(self._adamw),
             "steps": self._steps,
             "loss_scaler": {name: value for name, value in scaler.items() if isinstance(value, (int, float))},
         }
 
     def restore_scalars(self, scalars: dict[str, Any]) -> None:
         """Undo `scalars`, and bring the weights that products use in line with their fp32 copies. Collective."""
-        set_optimizer_step_count(self._adamw, scalars["optimizer_step"])
+        set_step_count(self._adamw, scalars["optimizer_step"])
         loss_scaler(self._zero_optimizer).update(scalars["loss_scaler"])
         self._steps = scalars.get("steps", 0)
         with contextlib.nullcontext() if self._rounded is None else self._rounded.handed_out(self._steps):
@@ -194,3 +200,19 @@ def _check_settings(settings: dict[str, Any], config: TrainConfig) -> None:
     if problems:
         file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "the DeepSpeed settings")
         raise UserError(f"{file}:\n  " + "\n  ".join(problems))
+
+
+def _check_weights(config: TrainConfig, weights_dtype: torch.dtype | None) -> None:
+    """Refuse what the training configuration says of weights and DeepSpeed cannot do."""
+    own = str(weights_dtype or torch.float32).removeprefix("torch.")
+    problems = [
+        f"{name}: is {said}, but under DeepSpeed weights have the type of its products, here {own}; leave it at auto"
+        for name, said in (("dtype", config.dtype), ("ref_dtype", config.ref_dtype))
+        if said not in ("auto", own)
+    ]
+    if config.quantization != "none":
+        problems.append(f"quantization: is {config.quantization}, for one process or DDP; remove it, or DeepSpeed")
+    if config.optim != "adamw":
+        problems.append(f"optim: is {config.optim}, but DeepSpeed divides the states of adamw only; use adamw here")
+    if problems:
+        raise UserError("the configuration has problems:\n  " + "\n  ".join(problems))

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minimind_dpo.config import TrainConfig
-from minimind_dpo.engine.fragments import Fragment, HeldPart, fragment, optimizer_step_count, set_optimizer_step_count
+from minimind_dpo.engine.fragments import Fragment, HeldPart, fragment
 from minimind_dpo.engine.launched import HALF_TYPES, Launched, evenly_divided
+from minimind_dpo.engine.optimizers import set_step_count, skips_not_finite, step_count
 from minimind_dpo.engine.protocol import trained_parameters
 from minimind_dpo.engine.rounding import HalfWeights, rounded
 
@@ -59,9 +60,10 @@ class Plain(Launched):
         """Clip the accumulated gradients and take the optimizer's step."""
         norm = self._accelerator.clip_grad_norm_(self._scorer.parameters(), max_grad_norm or float("inf"))
         assert norm is not None
-        if not self.skips_overflows:  # else the scaler says so
-            self._adamw.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # its fused kernel skips then
-        self._optimizer.step()
+        if skips_not_finite(self._inner) and not self.skips_overflows:  # else the scaler says so
+            self._inner.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        if skips_not_finite(self._inner) or self.skips_overflows or norm.isfinite():
+            self._optimizer.step()
         self._optimizer.zero_grad()
         self._steps += 1
         self._refresh()
@@ -72,14 +74,14 @@ class Plain(Launched):
             self._half_weights.refresh(self._steps)
 
     @property
-    def _adamw(self) -> Optimizer:
+    def _inner(self) -> Optimizer:
         return self._optimizer.optimizer  # type: ignore[attr-defined]  # inside accelerate's
 
     def fragments(self) -> Iterator[Fragment]:
         """Every trained parameter, whole."""
         for name, parameter in trained_parameters(self._scorer):
             whole = HeldPart(parameter, 0, 0, parameter.numel())
-            yield fragment(name, tuple(parameter.shape), whole, self._adamw)
+            yield fragment(name, tuple(parameter.shape), whole, self._inner)
 
     def shared_fragments(self) -> Iterator[Fragment]:
         """The parameters that this rank writes: all ranks hold all of them and divide them evenly."""
@@ -90,17 +92,17 @@ class Plain(Launched):
                 yield held
 
     def scalars(self) -> dict[str, Any]:
-        """AdamW's step count and fp16's loss scale."""
+        """The optimizer's step count and fp16's loss scale."""
         scaler = self._accelerator.scaler
         return {
-            "optimizer_step": optimizer_step_count(self._adamw),
+            "optimizer_step": step_count(self._inner),
             "steps": self._steps,
             "loss_scaler": {} if scaler is None else scaler.state_dict(),
         }
 
     def restore_scalars(self, scalars: dict[str, Any]) -> None:
         """Undo `scalars`."""
-        set_optimizer_step_count(self._adamw, scalars["optimizer_step"])
+        set_step_count(self._inner, scalars["optimizer_step"])
         if self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(scalars["loss_scaler"])
         self._steps = scalars.get("steps", 0)

@@ -68,7 +68,7 @@ class Engine(Protocol):
     def step(self, max_grad_norm: float) -> Tensor:
         """Clip the accumulated gradients to a norm of `max_grad_norm` (0: leave them) and take the optimizer's step.
 
-        Nothing here waits for the device.
+        Nothing here waits for the device, but with other optimizers than AdamW.
 
         Returns:
             The gradient norm before clipping, a scalar. If it is not finite the weights are left as they were,
@@ -85,7 +85,7 @@ class Engine(Protocol):
         ...
 
     def scalars(self) -> dict[str, Any]:
-        """What of the training state is not of the parameters' size: AdamW's step count and fp16's loss scale."""
+        """What of the training state no parameter has for itself: the optimizer's step count and fp16's loss scale."""
         ...
 
     def restore_scalars(self, scalars: dict[str, Any]) -> None:

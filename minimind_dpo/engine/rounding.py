@@ -68,14 +68,14 @@ def rounded(weights: Tensor, dtype: torch.dtype, rounding: str, name: str, *, st
     """Weights in half precision.
 
     Args:
-        weights: fp32, any shape: consecutive elements of a parameter.
+        weights: any shape: consecutive elements of a parameter. What is not fp32 has been rounded before.
         dtype: bfloat16 or float16.
         rounding: `dithered`, `stochastic` or `nearest`.
         name: of the parameter.
         start: index of the first of `weights` in the flattened parameter.
         step: optimizer steps taken; counts for `stochastic`.
     """
-    if rounding == "nearest":
+    if rounding == "nearest" or weights.dtype != torch.float32:
         return weights.to(dtype)
     key = f"{name} {step}" if rounding == "stochastic" else name
     offset = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") + start

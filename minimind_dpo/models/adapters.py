@@ -11,8 +11,9 @@ from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from minimind_dpo.checkpoints.files import FragmentReader
-from minimind_dpo.engine.sharding import gathered
+from minimind_dpo.engine.sharding import gathered, is_partitioned
 from minimind_dpo.errors import UserError
+from minimind_dpo.models.quantization import plain_shape, plain_values
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -23,7 +24,7 @@ ADAPTER = "default"
 def add_adapters(
     model: PreTrainedModel, *, r: int, alpha: float, dropout: float, target_modules: Sequence[str], base: str, seed: int
 ) -> None:
-    """Freeze `model` and put trainable LoRA matrices beside its linear layers, in place.
+    """Freeze `model` and put trainable fp32 LoRA matrices beside its linear layers, in place.
 
     Args:
         model: to adapt.
@@ -53,6 +54,11 @@ def add_adapters(
             model.add_adapter(config, adapter_name=ADAPTER)
         except ValueError as error:
             raise UserError(f"lora_target_modules: {error}") from None
+    if any(is_partitioned(parameter) for parameter in model.parameters()):
+        return  # DeepSpeed steps fp32 copies of what it trains
+    for name, parameter in model.named_parameters():
+        if _is_lora(name):  # peft gives them the type of their layer
+            parameter.data = parameter.data.float()
 
 
 def has_adapters(model: PreTrainedModel) -> bool:
@@ -78,6 +84,11 @@ class Weight(NamedTuple):
     parameter: Parameter
     layer: LoraLayer | None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole weight."""
+        return plain_shape(self.parameter)
+
     def parts(self) -> list[Tensor]:
         """The parameters that `value` reads."""
         if self.layer is None:
@@ -85,12 +96,12 @@ class Weight(NamedTuple):
         return [self.parameter, *self.layer.lora_A.parameters(), *self.layer.lora_B.parameters()]
 
     def value(self) -> Tensor:
-        """The weight to save, whole if its parts are."""
-        weight = self.parameter.detach()
+        """The weight to save, whole if its parts are; fp32 with what LoRA's matrices add, which rounding would lose."""
+        weight = plain_values(self.parameter)
         if self.layer is None:
             return weight
         delta = self.layer.get_delta_weight(ADAPTER).detach()  # type: ignore[attr-defined]
-        return (weight.float() + delta.float()).to(weight.dtype)
+        return weight.float() + delta.float()
 
 
 def merged_weights(model: PreTrainedModel) -> Iterator[Weight]:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from minimind_dpo.checkpoints.directory import checkpoint_problem
 from minimind_dpo.checkpoints.files import FragmentReader
+from minimind_dpo.data.chat import load_tokenizer
 from minimind_dpo.errors import UserError
 from minimind_dpo.files import replacing
 from minimind_dpo.models.loading import ADAPTER_CONFIG, checkpoint_config, is_checkpoint, load_model, locate_model
@@ -151,7 +152,9 @@ def _export_hf(model: PreTrainedModel, source: str, target: Path, dtype: torch.d
     folder = locate_model(source)
     with replacing(target) as temporary:
         model.save_pretrained(temporary)
-        if folder is not None:
+        if folder is not None and folder.suffix == ".gguf":
+            load_tokenizer(folder).save_pretrained(temporary)
+        elif folder is not None:
             _copy_tokenizer(folder, temporary)
     return target
 

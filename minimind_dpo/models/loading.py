@@ -13,11 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTraine
 from transformers.initialization import no_init_weights
 
 from minimind_dpo.checkpoints.files import FragmentReader
+from minimind_dpo.checkpoints.state import read_state
 from minimind_dpo.engine.sharding import gathered, local_values
 from minimind_dpo.errors import UserError
 from minimind_dpo.files import is_raw_weights, looks_local
 from minimind_dpo.models.adapters import merge_adapters
 from minimind_dpo.models.overrides import apply_overrides, check_overrides, parse_dtype
+from minimind_dpo.models.quantization import dequantize, quantize
 from minimind_dpo.models.raw import load_raw
 from minimind_dpo.models.weights import summarize
 
@@ -121,9 +123,16 @@ def _load_checkpoint(
         settings = json.loads(adapter.read_text("utf-8"))
         base = settings["base_model_name_or_path"]
         heads = {"num_attention_heads": config.num_attention_heads} if is_raw_weights(Path(base).expanduser()) else {}
-        model = load_model(base, dtype=dtype or "auto", **options, **heads, **overrides)
+        run = read_state(location).identity
+        trained = run.get("dtype")  # of the base; checkpoints had none once
+        model = load_model(base, dtype=trained or dtype or "auto", **options, **heads, **overrides)
+        if run.get("quantization", "none") != "none":  # LoRA's matrices were trained beside the rounded weights
+            quantize(model, model.dtype)
+            dequantize(model)
+        if trained is not None:
+            model.float()
         merge_adapters(model, reader, settings["lora_alpha"] / settings["r"])
-        return model
+        return model if dtype is None else model.to(dtype)  # type: ignore[arg-type]
     apply_overrides(config, overrides, str(location))
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype, **options)

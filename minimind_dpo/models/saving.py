@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterable, Iterator
+from math import prod
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -15,7 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from minimind_dpo.engine.sharding import full_shape, gathered
+from minimind_dpo.engine.sharding import gathered
 from minimind_dpo.models.adapters import ADAPTER, has_adapters, merged_weights
 
 SHARD_BYTES = 4 << 30
@@ -23,15 +25,19 @@ Sized = TypeVar("Sized")
 
 
 def save_model(model: PreTrainedModel, directory: Path | None, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write configuration and weights, LoRA merged; if the model is sharded between ranks, all of them must call it.
+    """Write configuration and weights; if the model is sharded between ranks, all of them must call it.
+
+    LoRA is merged, and then all weights are plain fp32 ones, whatever the type of the base.
 
     Args:
         model: to write.
         directory: existing; None on ranks that only help to gather.
         shard_bytes: about the size of a file.
     """
+    merged = torch.float32 if has_adapters(model) else None
     weights = list(merged_weights(model))
-    shards = split_shards([(weight, _bytes(weight.parameter)) for weight in weights], shard_bytes)
+    sized = [(w, prod(w.shape) * (merged or w.parameter.dtype).itemsize) for w in weights]
+    shards = split_shards(sized, shard_bytes)
 
     def shard_tensors() -> Iterator[dict[str, Tensor]]:
         for shard in shards:
@@ -39,19 +45,13 @@ def save_model(model: PreTrainedModel, directory: Path | None, shard_bytes: int 
             for weight in shard:
                 with gathered(weight.parts()):
                     if directory is not None:
-                        tensors[weight.name] = weight.value().cpu().clone().contiguous()
+                        value = weight.value()
+                        tensors[weight.name] = value.to("cpu", merged or value.dtype, copy=True).contiguous()
             yield tensors
 
     write_shards(model, shard_tensors(), len(shards), directory)
     if directory is not None:
         describe_model(model, directory)
-
-
-def _bytes(parameter: Tensor) -> int:
-    size = parameter.element_size()
-    for length in full_shape(parameter):
-        size *= length
-    return size
 
 
 def split_shards(sized: Iterable[tuple[Sized, int]], shard_bytes: int) -> list[list[Sized]]:
@@ -97,7 +97,7 @@ def describe_model(model: PreTrainedModel, directory: Path) -> None:
     """Write all that a saved model has beside its weights: configurations, and code that came with it."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    config.dtype = model.dtype
+    config.dtype = torch.float32 if has_adapters(model) else model.dtype  # as `save_model` writes them
     if model._auto_class is not None:
         custom_object_save(model, directory, config=config)  # type: ignore[arg-type]
     config.save_pretrained(directory)

@@ -120,8 +120,18 @@ def working_activations(shape: ModelShape, run: RunShape) -> list[Allocation]:
 
 
 def rounded_weights(shape: ModelShape, run: RunShape) -> list[Allocation]:
-    """The bf16 copies of fp32 weights that autocast keeps for a step: 2 P."""
-    return [allocate("activations", (2 * size for size in shape.parameters))] if run.autocast else []
+    """The bf16 copies of fp32 weights that autocast keeps for a step: 2 P, 2 T beside a bf16 base."""
+    if not run.autocast:
+        return []
+    fp32 = shape.adapters if shape.adapters and run.frozen_bytes == 2 else shape.parameters
+    return [allocate("activations", (2 * size for size in fp32))]
+
+
+def dequantized_weight(shape: ModelShape, run: RunShape) -> list[Allocation]:
+    """The 4-bit layer that a product is made with: b x largest."""
+    if run.quantization == "none" or not shape.linear:
+        return []
+    return [allocate("activations", [run.frozen_bytes * max(shape.linear)])]
 
 
 def kept_softmax(shape: ModelShape, run: RunShape) -> list[Allocation]:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from minimind_dpo.config import REFERENCES
+from minimind_dpo.config import FROZEN_DTYPES, OPTIMIZERS, QUANTIZATIONS, REFERENCES, TrainConfig
+from minimind_dpo.config.weights import weight_problems
 from minimind_dpo.errors import EXIT_DONE, UserError
 from minimind_dpo.planning.configurations import CONFIGURATIONS, read_zero
 from minimind_dpo.planning.run_shape import RunShape
 from minimind_dpo.planning.text import render
+
+# settings of train that change what weights and optimizer hold; the defaults come first
+WEIGHTS = {"dtype": FROZEN_DTYPES, "ref_dtype": FROZEN_DTYPES, "quantization": QUANTIZATIONS, "optim": OPTIMIZERS}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -68,6 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--mixed_precision", choices=("no", "bf16"), help="default: bf16 on cuda, no on cpu")
     add("--reference", choices=REFERENCES, default="auto", help="as in train (default: auto)")
     add("--lora_r", type=int, help="rank of LoRA matrices; without it every weight is trained")
+    for name, choices in WEIGHTS.items():
+        add(f"--{name}", choices=choices, default=choices[0], help=f"as in train (default: {choices[0]})")
     add("--per_device_train_batch_size", type=int, default=4, help="pairs a micro-batch on each rank (default: 4)")
     add("--max_length", type=int, default=1024, help="tokens a side; each pair is planned this long (default: 1024)")
     add(
@@ -117,6 +123,10 @@ def _contradictions(args: argparse.Namespace) -> Iterator[str]:
         yield f"processes_per_node: {args.processes_per_node} is more than num_processes, {args.num_processes}"
     if args.reference == "adapter" and args.lora_r is None:
         yield "reference: adapter is the policy without its LoRA matrices; set lora_r too"
+    told = _told(args)
+    yield from weight_problems(TrainConfig(lora_r=args.lora_r, reference=args.reference, **told))
+    if stage:
+        yield from (f"{name}: {value} is for one process or DDP; zero_stage is {stage}" for name, value in told.items())
     if args.offload != "none" and args.zero_stage is None:
         yield "offload: set zero_stage too, or leave both out to compare all configurations"
     elif args.offload == "all" and stage != 3:
@@ -138,6 +148,8 @@ def _contradictions(args: argparse.Namespace) -> Iterator[str]:
 def _runs(args: argparse.Namespace) -> list[RunShape]:
     """The run that the flags describe; without a stage of ZeRO one for each named configuration."""
     asked = CONFIGURATIONS if args.zero_stage is None else [(args.zero_stage, args.offload)]
+    if _told(args):
+        asked = [(stage, offload) for stage, offload in asked if stage == 0]  # for one process or DDP
     return [_run(args, stage, offload) for stage, offload in asked]
 
 
@@ -154,7 +166,13 @@ def _run(args: argparse.Namespace, stage: int, offload: str) -> RunShape:
         prompt_share=args.prompt_share,
         checkpointing=args.gradient_checkpointing == "true",
         cpu=cpu,
+        **_told(args),
     )
+
+
+def _told(args: argparse.Namespace) -> dict[str, Any]:
+    """Settings of weights and optimizer that are not the default."""
+    return {name: getattr(args, name) for name, choices in WEIGHTS.items() if getattr(args, name) != choices[0]}
 
 
 def _per_node(args: argparse.Namespace) -> int:

@@ -118,6 +118,10 @@ def _run(
         "reference": run.reference,
         "gradient_checkpointing": str(run.checkpointing).lower(),
         "learning_rate": 1e-6,
+        "dtype": run.dtype,
+        "ref_dtype": run.ref_dtype,
+        "quantization": run.quantization,
+        "optim": run.optim,
     }
     flags = [*flags, *(str(word) for name, value in settings.items() for word in (f"--{name}", value))]
     kept = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | dict(os.environ)

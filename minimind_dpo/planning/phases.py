@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from minimind_dpo.models.quantization import BYTES
 from minimind_dpo.planning.activations import (
+    dequantized_weight,
     head_logits,
     kept_activations,
     kept_softmax,
@@ -13,6 +15,7 @@ from minimind_dpo.planning.allocation import Allocation, allocate
 from minimind_dpo.planning.run_shape import RunShape
 from minimind_dpo.planning.shape import ModelShape
 from minimind_dpo.planning.states import (
+    base_blocks,
     ddp_buckets,
     fp32_gradients,
     gathered_weights,
@@ -22,6 +25,7 @@ from minimind_dpo.planning.states import (
     optimizer_states,
     overlapped_buckets,
     reduce_buckets,
+    reference_blocks,
     reference_weights,
     weights,
     whole_gradients,
@@ -36,7 +40,7 @@ def phases(shape: ModelShape, run: RunShape) -> dict[str, list[Allocation]]:
     gathered = gathered_weights(shape, run)
     exchange = gradient_exchange(shape, run)
     saved = kept_activations(shape, run) + kept_softmax(shape, run)
-    working = working_activations(shape, run) + rounded_weights(shape, run)
+    working = working_activations(shape, run) + rounded_weights(shape, run) + dequantized_weight(shape, run)
     logits = head_logits(shape, run)
     # DeepSpeed makes its buckets at the first gradient; on the CPU they become memory as they are written to
     buckets = [] if run.cpu else [item for item in exchange if item.purpose == "communication"]
@@ -78,15 +82,21 @@ def optimizer_step(shape: ModelShape, run: RunShape) -> list[Allocation]:
 
 
 def loading(shape: ModelShape, run: RunShape) -> list[Allocation]:
-    """The weights' file, the model that is read from it, its copy for the reference and the engine's flat one."""
-    return weights_file(shape, run) + loaded_model(shape, run) + loaded_reference(shape, run) + flat_copy(shape, run)
+    """The weights' file, the model read from it, its quantised form, a reference's copy and the engine's flat one."""
+    return [
+        *weights_file(shape, run),
+        *loaded_model(shape, run),
+        *quantized_model(shape, run),
+        *loaded_reference(shape, run),
+        *flat_copy(shape, run),
+    ]
 
 
 def weights_file(shape: ModelShape, run: RunShape) -> list[Allocation]:
     """What of the file is in the host's memory.
 
-    CPU: s P, the mapped file, s bytes an element (2 or 4)        GPU: the fp32 model on its way, 4 P, or in stage 3
-    4 x largest weight
+    CPU: s P, the mapped file, s bytes an element (2 or 4)        GPU: the model on its way, 4 P (a LoRA base b P), or
+    in stage 3 4 x largest weight
 
     Beside GPUs the file's own pages are not counted: the system shares them between ranks and drops them when it needs
     room.
@@ -95,26 +105,46 @@ def weights_file(shape: ModelShape, run: RunShape) -> list[Allocation]:
         return [allocate("weights", [shape.stored * shape.total])]
     if run.stage == 3:
         return [allocate("weights", [4 * max(shape.parameters)], on_host=True)]
-    return [allocate("weights", (4 * size for size in shape.parameters), on_host=True)]
+    return [allocate("weights", (loaded_bytes(shape, run) * size for size in shape.parameters), on_host=True)]
+
+
+def loaded_bytes(shape: ModelShape, run: RunShape) -> int:
+    """Bytes of an element as it is loaded: 4, of a LoRA base without DeepSpeed b."""
+    return run.frozen_bytes if shape.adapters and not run.stage else 4
+
+
+def quantized_model(shape: ModelShape, run: RunShape) -> list[Allocation]:
+    """What a base is quantised to, layer by layer beside the loaded one, on the host."""
+    if run.quantization == "none":
+        return []
+    return [allocate("weights", [BYTES * size for size in shape.linear], on_host=not run.cpu)]
 
 
 def loaded_model(shape: ModelShape, run: RunShape) -> list[Allocation]:
-    """The model in fp32: 4 P; stage 3: a share e P / N and one weight whole, 4 x largest.
+    """The model in fp32: 4 P (a LoRA base: b P); stage 3: a share e P / N and one weight whole, 4 x largest.
 
-    A file that is mapped and in fp32 already stays the model.
+    A file that is mapped and in that type already stays the model; what is quantised reaches a GPU in 4 bits.
     """
     if run.stage == 3:
         share = allocate("weights", (run.weight_bytes * size / run.world for size in shape.parameters))
         return [share, allocate("weights", [4 * max(shape.parameters)])]
-    if run.cpu and shape.stored == 4:
+    size_bytes = loaded_bytes(shape, run)
+    if run.cpu and shape.stored == size_bytes:
         return []
-    return [allocate("weights", (4 * size for size in shape.parameters))]
+    if run.quantization != "none" and not run.cpu:
+        return [allocate("weights", base_blocks(shape, run))]
+    return [allocate("weights", (size_bytes * size for size in shape.parameters))]
 
 
 def loaded_reference(shape: ModelShape, run: RunShape) -> list[Allocation]:
-    """The reference's copy of the model: live, offload: 4 P, in stage 3 e P / N        cache, adapter: none."""
+    """The reference's copy of the model: live, offload: 4 P, in stage 3 e P / N        cache, adapter: none.
+
+    Without DeepSpeed as `reference_blocks` says.
+    """
     if run.reference not in ("live", "offload"):
         return []
+    if not run.stage:
+        return [allocate("reference", reference_blocks(shape, run))]
     size_bytes = run.weight_bytes / run.world if run.stage == 3 else 4
     return [allocate("reference", (size_bytes * size for size in shape.parameters))]
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from minimind_dpo.planning.configurations import ZeroSettings
 
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
 
 @dataclass(frozen=True)
 class RunShape:
@@ -21,6 +23,10 @@ class RunShape:
         prompt_share: share of the length that the two sides of a pair have in common.
         checkpointing: whether activations are recomputed in the backward pass.
         cpu: whether the device is the host's own memory.
+        dtype: of a LoRA base, as in train.
+        ref_dtype: of a reference.
+        quantization: of a LoRA base's linear layers.
+        optim: the optimizer.
     """
 
     world: int = 1
@@ -33,6 +39,10 @@ class RunShape:
     prompt_share: float = 0.0
     checkpointing: bool = False
     cpu: bool = False
+    dtype: str = "auto"
+    ref_dtype: str = "auto"
+    quantization: str = "none"
+    optim: str = "adamw"
 
     @property
     def stage(self) -> int:
@@ -67,7 +77,17 @@ class RunShape:
     @property
     def output_bytes(self) -> int:
         """Bytes of an element of what a linear layer puts out: c in the formulas."""
-        return 2 if self.bf16 else 4
+        return 2 if self.bf16 else self.frozen_bytes
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Bytes of an element of a LoRA base without DeepSpeed: b in the formulas."""
+        return _BYTES.get(self.dtype, 2 if self.bf16 else 4)
+
+    @property
+    def reference_bytes(self) -> int | None:
+        """Bytes of an element of a reference that has a type of its own."""
+        return _BYTES.get(self.ref_dtype)
 
     @property
     def prefix(self) -> int:

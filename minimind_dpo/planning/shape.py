@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from minimind_dpo.files import is_raw_weights
 from minimind_dpo.models.adapters import add_adapters
 from minimind_dpo.models.fast.patch import can_fuse
 from minimind_dpo.models.loading import locate_model
+from minimind_dpo.models.quantization import quantizable
 from minimind_dpo.models.raw import read_raw_weights
 from minimind_dpo.models.weights import MODEL_CLASSES, minimind_config, read_layout
 
@@ -40,6 +42,8 @@ class ModelShape:
         vocab: tokens that the output layer scores.
         stored: bytes of an element in the source: 4 fp32, 2 half precision.
         lora_r: rank of the LoRA matrices, 0 without.
+        linear: elements of each weight that quantisation takes: of linear layers but the output layer.
+        factors: elements that Adafactor keeps of each trained weight: rows and columns of a matrix.
     """
 
     parameters: tuple[int, ...]
@@ -58,6 +62,8 @@ class ModelShape:
     vocab: int
     stored: int = 4
     lora_r: int = 0
+    linear: tuple[int, ...] = ()
+    factors: tuple[int, ...] = ()
 
     @property
     def total(self) -> int:
@@ -117,6 +123,7 @@ def _meta_model(config: PreTrainedConfig, source: str) -> PreTrainedModel:
 def shape_of(model: PreTrainedModel, stored: int = 4, lora_r: int | None = None) -> ModelShape:
     """The sizes of a model on any device; with `lora_r` LoRA matrices are added to it."""
     model.tie_weights()
+    linear = tuple(module.weight.numel() for module in quantizable(model).values())
     parameters = tuple(parameter.numel() for parameter in model.parameters())
     names = [name for name, _ in model.named_parameters()]
     adapters: tuple[int, ...] = ()
@@ -147,4 +154,14 @@ def shape_of(model: PreTrainedModel, stored: int = 4, lora_r: int | None = None)
         vocab=config.vocab_size,
         stored=stored,
         lora_r=lora_r or 0,
+        linear=linear,
+        factors=tuple(_factors(parameter) for parameter in model.parameters() if parameter.requires_grad),
     )
+
+
+def _factors(parameter: torch.Tensor) -> int:
+    """Elements of Adafactor's state of a parameter."""
+    if parameter.dim() < 2:
+        return parameter.numel()
+    *outer, rows, columns = parameter.shape
+    return prod(outer) * (rows + columns)

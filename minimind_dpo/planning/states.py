@@ -8,6 +8,9 @@ stage3.py).
 
 from __future__ import annotations
 
+from collections import Counter
+
+from minimind_dpo.models.quantization import BYTES
 from minimind_dpo.planning.allocation import Allocation, allocate
 from minimind_dpo.planning.run_shape import RunShape
 from minimind_dpo.planning.shape import ModelShape
@@ -16,18 +19,30 @@ from minimind_dpo.planning.shape import ModelShape
 def weights(shape: ModelShape, run: RunShape) -> list[Allocation]:
     """The weights that the forward pass reads, of which stage 3 keeps a rank's share.
 
-    stage 0: 4 P        stages 1, 2: e P        stage 3: e P / N
+    stage 0: 4 P; with LoRA those of `base_blocks` and 4 T        stages 1, 2: e P        stage 3: e P / N
 
     DeepSpeed lays those that are trained into one flat tensor; LoRA's matrices count beside the frozen P.
     """
     if run.stage == 0:
-        return [allocate("weights", (4 * size for size in (*shape.parameters, *shape.adapters)))]
+        return [allocate("weights", (*base_blocks(shape, run), *(4 * size for size in shape.adapters)))]
     ranks = run.world if run.stage == 3 else 1
     frozen = shape.parameters if shape.adapters else ()
     return [
         allocate("weights", (run.weight_bytes * size / ranks for size in frozen), on_host=run.weights_on_host),
         allocate("weights", [run.weight_bytes * sum(shape.trained) / ranks], on_host=run.weights_on_host),
     ]
+
+
+def base_blocks(shape: ModelShape, run: RunShape) -> list[float]:
+    """The bytes of each weight of the policy's start without DeepSpeed.
+
+    trained: 4 P        frozen: b P        nf4: 4.127 / 8 Q + b (P - Q), Q in linear layers but the output layer
+    """
+    if not shape.adapters:
+        return [4 * size for size in shape.parameters]
+    quantized = Counter(shape.linear if run.quantization == "nf4" else ())
+    plain = Counter(shape.parameters) - quantized
+    return [run.frozen_bytes * size for size in plain.elements()] + [BYTES * size for size in quantized.elements()]
 
 
 def gathered_weights(shape: ModelShape, run: RunShape) -> list[Allocation]:
@@ -45,12 +60,18 @@ def gathered_weights(shape: ModelShape, run: RunShape) -> list[Allocation]:
 
 
 def optimizer_states(shape: ModelShape, run: RunShape) -> list[Allocation]:
-    """AdamW's two moments and, under DeepSpeed, the fp32 masters of the weights, in flat tensors.
+    """What the optimizer keeps and, under DeepSpeed, the fp32 masters of the weights, in flat tensors.
 
-    stage 0: 8 T        stages 1 to 3: 12 T / N
+    stage 0: 8 T        adamw_8bit, paged_adamw_8bit: (2 + 8 / 256) T, and 8 of a weight below 4096 elements
+    adafactor: 4 (rows + columns) of a matrix, 4 of an element else        stages 1 to 3: 12 T / N
 
-    DeepSpeed makes the masters in fp32 runs too.
+    DeepSpeed makes the masters in fp32 runs too. Paged states count on the device, where they are while it has room.
     """
+    if run.stage == 0 and run.optim == "adafactor":
+        return [allocate("optimizer", (4 * size for size in shape.factors))]
+    if run.stage == 0 and run.optim != "adamw":
+        moments = (size * (1 + 4 / 256 if size >= 4096 else 4) for size in shape.trained)
+        return [allocate("optimizer", moments, times=2)]
     if run.stage == 0:
         return [allocate("optimizer", (4 * size for size in shape.trained), times=2)]
     share = sum(shape.trained) / run.world
@@ -147,13 +168,23 @@ def reference_weights(shape: ModelShape, run: RunShape) -> list[Allocation]:
 
     live: e P, beside stage 3 e P / N        offload: e P on the host (a share e P / N under DeepSpeed), and the
     largest weight on the device        cache, adapter: none
+    without DeepSpeed e is that of `ref_dtype`, or the policy's start is copied as it is: `base_blocks`
     """
     if run.reference not in ("live", "offload"):
         return []
     offloaded = run.reference == "offload"
     ranks = run.world if run.stage == 3 or offloaded and run.stage else 1
-    shares = (run.weight_bytes * size / ranks for size in shape.parameters)
+    shares = [size / ranks for size in reference_blocks(shape, run)]
     held = [allocate("reference", shares, on_host=offloaded and not run.cpu)]
     if offloaded and (run.stage or not run.cpu):
-        held.append(allocate("reference", [run.weight_bytes * max(shape.parameters)]))
+        held.append(allocate("reference", [max(reference_blocks(shape, run))]))
     return held
+
+
+def reference_blocks(shape: ModelShape, run: RunShape) -> list[float]:
+    """The bytes of each weight of a reference, whole: e P, or without DeepSpeed 4 or 2 P by its own type."""
+    if run.stage:
+        return [run.weight_bytes * size for size in shape.parameters]
+    if run.reference_bytes is not None:
+        return [run.reference_bytes * size for size in shape.parameters]
+    return base_blocks(shape, run)

@@ -45,11 +45,6 @@ def weight_rounding(config: TrainConfig) -> str:
     return "nearest" if config.lora_r is not None else config.weight_rounding
 
 
-def switches_adapters_off(config: TrainConfig) -> bool:
-    """Whether `auto` needs no reference of its own."""
-    return config.reference == "auto" and config.lora_r is not None and config.ref_model_name_or_path is None
-
-
 def choose_mode(config: TrainConfig, engine: Engine, single_pass: bool) -> tuple[str, str]:
     """The reference mode that `config` asks for or `auto` decides on, and why.
 
@@ -60,7 +55,7 @@ def choose_mode(config: TrainConfig, engine: Engine, single_pass: bool) -> tuple
     """
     if config.reference != "auto":
         return config.reference, "as configured"
-    if switches_adapters_off(config):
+    if config.switches_adapters_off:
         return "adapter", "the policy without its LoRA matrices is the reference; nothing more to hold or to compute"
     if single_pass and not engine.divides_states:
         return "live", "every pair is scored once, so filling a cache would only delay the first step"
@@ -71,7 +66,7 @@ def load_reference(
     config: TrainConfig,
     engine: Engine,
     policy: PreTrainedModel,
-    load: Callable[[TrainConfig, str], PreTrainedModel],
+    load: Callable[[TrainConfig, str, str], PreTrainedModel],
     single_pass: bool,
 ) -> LoadedReference:
     """Load or copy the reference model, as long as `policy` is still as loaded. Collective.
@@ -80,20 +75,21 @@ def load_reference(
         config: of the run.
         engine: of the run.
         policy: on the CPU, or divided between the ranks.
-        load: how models are loaded as `config` asks for it.
+        load: how a model is loaded as `config` asks for it, from a path and in a type.
         single_pass: no pair will be scored a second time.
     """
     mode, reason = choose_mode(config, engine, single_pass)
     logger.info("reference: %s (%s)", mode, reason)
-    model, path = None, config.ref_model_name_or_path
-    if path is None and mode in ("live", "offload"):
-        if engine.gathers_weights:  # divided weights belong to their engine: they are loaded again, not copied
+    model, path, dtype = None, config.ref_model_name_or_path, config.ref_dtype
+    own_type = dtype != "auto"
+    if path is None and (own_type or mode in ("live", "offload")):
+        if own_type or engine.gathers_weights:  # divided weights belong to their engine: they can't be copied
             path = config.model_name_or_path
         else:
             model = copy.deepcopy(policy)
     if path is not None:
         with engine.loading_reference(offload=mode == "offload"):
-            model = load(config, path)
+            model = load(config, path, dtype if own_type else "float32")
     digest = reference_digest(policy if model is None else model, engine.weights_dtype)
     return LoadedReference(mode, model, digest, by_auto=config.reference == "auto")
 

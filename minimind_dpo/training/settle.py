@@ -11,7 +11,7 @@ from minimind_dpo.config import TrainConfig, identity
 
 _AUTO = "auto"
 # What runs did before there was the setting.
-_BEFORE = {"weight_rounding": "nearest"}
+_BEFORE = {"weight_rounding": "nearest", "dtype": "float32"}
 
 
 def identity_before() -> dict[str, Any]:

@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
-from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from minimind_dpo.checkpoints.directory import load_checkpoint
@@ -21,12 +18,13 @@ from minimind_dpo.config import TrainConfig, identity
 from minimind_dpo.data.chat import load_tokenizer
 from minimind_dpo.data.order import PairOrder, total_steps
 from minimind_dpo.data.tokenized import TokenizedData, tokenize_files
+from minimind_dpo.engine.optimizers import make_optimizer
 from minimind_dpo.engine.protocol import Engine, unwrap
 from minimind_dpo.engine.ranks import decide, main_first
 from minimind_dpo.errors import UserError
 from minimind_dpo.files import is_raw_weights
 from minimind_dpo.models.adapters import add_adapters
-from minimind_dpo.models.loading import load_model, locate_model
+from minimind_dpo.models.loading import locate_model
 from minimind_dpo.objective.layout import choose_layout
 from minimind_dpo.objective.losses import LossSettings
 from minimind_dpo.objective.scoring import PairScorer, embedding_rows
@@ -35,6 +33,7 @@ from minimind_dpo.reference.choosing import load_reference, make_reference
 from minimind_dpo.training.run import Run
 from minimind_dpo.training.settle import identity_before, settle
 from minimind_dpo.training.signals import StopRequest
+from minimind_dpo.training.weights import load_configured, load_start, policy_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -50,15 +49,17 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
     """
     config = settle(config, engine.precision, checkpoint)
     tokenizer = load_tokenizer(tokenizer_path(config), config.trust_remote_code)
-    policy = load_configured(config, config.model_name_or_path)
+    dtype = policy_dtype(config, engine, checkpoint)
+    policy = load_start(config, dtype)
     check_vocabulary(policy, tokenizer)
     data = load_data(config, engine, tokenizer)
     stop.listen()
     # from CPU memory, before the policy moves
     loaded = load_reference(config, engine, policy, load_configured, single_pass=data.is_single_pass())
-    state = _state(config, engine, data, loaded.digest, checkpoint)
+    state = _state(config, engine, data, {"dtype": dtype, "reference_digest": loaded.digest}, checkpoint)
     scorer = _trainable(config, policy)
-    optimizer = make_optimizer(scorer, config.learning_rate, config.weight_decay)
+    trained = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(trained, config.learning_rate, config.weight_decay, config.optim)
     prepared, optimizer = engine.prepare(scorer, optimizer, config.weight_rounding)
     layout = choose_layout(unwrap(prepared), config.attn_implementation, engine.device, engine.autocast, decide)
     reference = make_reference(config, engine, loaded, unwrap(prepared), layout, data.needed(), stop.__bool__)
@@ -126,22 +127,6 @@ def load_data(config: TrainConfig, engine: Engine, tokenizer: Any) -> RunData:
     return RunData(train, held_out, order, steps)
 
 
-def load_configured(config: TrainConfig, path: str) -> PreTrainedModel:
-    """Load a model as the configuration asks for it."""
-    overrides: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    if config.num_attention_heads is not None:
-        overrides["num_attention_heads"] = config.num_attention_heads
-    if not config.attends_pairs:
-        overrides["attn_implementation"] = config.attn_implementation
-    return load_model(path, **overrides)
-
-
-def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
-    """AdamW with betas (0.9, 0.999), fused, decay on every trainable parameter as in MiniMind."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True)
-
-
 def check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
     """Refuse a tokenizer with more tokens than the model embeds."""
     rows = embedding_rows(model)
@@ -173,14 +158,17 @@ def tokenizer_path(config: TrainConfig) -> str:
 
 
 def _state(
-    config: TrainConfig, engine: Engine, data: RunData, reference_digest: str, checkpoint: Path | None
+    config: TrainConfig, engine: Engine, data: RunData, weights: dict[str, str], checkpoint: Path | None
 ) -> TrainerState:
-    """The state of the run: of its start, or as `checkpoint` left it, if that is this run's."""
+    """The state of the run: of its start, or as `checkpoint` left it, if that is this run's.
+
+    `weights` is what the run knows of its weights: the type of the policy's start, and the reference's digest.
+    """
     now = identity(config) | {
         "global_batch": data.order.global_batch,
         "mixed_precision": engine.precision,
         "train_data_digest": data.train.digest,
-        "reference_digest": reference_digest,
+        **weights,
     }
     state = TrainerState(total_steps=data.steps, identity=now)
     if checkpoint is None:

@@ -16,11 +16,11 @@ from torch import Tensor
 from minimind_dpo import load_model
 from minimind_dpo.config import make_config
 from minimind_dpo.engine.launcher import start_engine
+from minimind_dpo.engine.optimizers import make_optimizer
 from minimind_dpo.engine.protocol import unwrap
 from minimind_dpo.engine.ranks import decide
 from minimind_dpo.objective.layout import PACKED, choose_layout
 from minimind_dpo.objective.scoring import PairScorer
-from minimind_dpo.training.setup import make_optimizer
 
 IDS = torch.arange(18).view(2, 9) * 5 % 97
 ROW = {
@@ -47,7 +47,7 @@ def main() -> None:
     expected = outputs(model, 1)
     engine = start_engine(config)
     scorer = PairScorer(model.train())
-    scorer, _ = engine.prepare(scorer, make_optimizer(scorer, 1e-4, 0.0), "nearest")
+    scorer, _ = engine.prepare(scorer, make_optimizer(scorer.parameters(), 1e-4, 0.0), "nearest")
     assert choose_layout(unwrap(scorer), "pairs", engine.device, engine.autocast, decide) is PACKED
     for checkpointing in (False, True):
         if checkpointing:

@@ -1,0 +1,65 @@
+"""The types of weights that a run begins with: of the policy's start and of its reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from minimind_dpo.checkpoints.state import read_state
+from minimind_dpo.config import TrainConfig
+from minimind_dpo.engine.optimizers import bitsandbytes
+from minimind_dpo.engine.protocol import Engine
+from minimind_dpo.models.loading import load_model
+from minimind_dpo.models.quantization import quantize
+
+_HALF = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+def load_configured(config: TrainConfig, path: str, dtype: str = "float32") -> PreTrainedModel:
+    """Load a model as the configuration asks for it, with weights of type `dtype`."""
+    overrides: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "dtype": dtype}
+    if config.num_attention_heads is not None:
+        overrides["num_attention_heads"] = config.num_attention_heads
+    if not config.attends_pairs:
+        overrides["attn_implementation"] = config.attn_implementation
+    return load_model(path, **overrides)
+
+
+def load_start(config: TrainConfig, dtype: str) -> PreTrainedModel:
+    """Load the policy's start, with frozen layers in 4 bits if `quantization` says so.
+
+    Raises:
+        UserError: bitsandbytes is needed and not installed.
+    """
+    if config.quantization == "none":
+        return load_configured(config, config.model_name_or_path, dtype)
+    bitsandbytes(f"quantization: {config.quantization}")  # before anything is loaded
+    policy = load_configured(config, config.model_name_or_path, dtype)
+    quantize(policy, policy.dtype)
+    return policy
+
+
+def load_reference_start(config: TrainConfig, engine: Engine) -> PreTrainedModel:
+    """Load a run's reference on its own: the model named, or the policy's start, in the type it is scored in."""
+    own_type = config.ref_dtype != "auto"
+    if config.ref_model_name_or_path is None and not own_type:
+        return load_start(config, policy_dtype(config, engine))
+    path = config.ref_model_name_or_path or config.model_name_or_path
+    return load_configured(config, path, config.ref_dtype if own_type else "float32")
+
+
+def policy_dtype(config: TrainConfig, engine: Engine, checkpoint: Path | None = None) -> str:
+    """The type that the policy is loaded in: fp32 where it is trained, for a LoRA base what `dtype` says.
+
+    `auto` is the type of the run's products, so that nothing is kept which they would round away; a run that goes on
+    from a checkpoint keeps the type that it began with, fp32 before there was a choice. DeepSpeed rounds them itself.
+    """
+    if config.dtype != "auto":
+        return config.dtype
+    if checkpoint is not None:
+        return read_state(checkpoint).identity.get("dtype", "float32")
+    if config.lora_r is None or engine.weights_dtype is not None:
+        return "float32"
+    return _HALF.get(engine.precision, "float32")
