@@ -49,6 +49,7 @@ def _precompute(config: TrainConfig, session: Session) -> None:
     from minimind_dpo.data.chat import load_tokenizer
     from minimind_dpo.engine.protocol import unwrap
     from minimind_dpo.engine.ranks import decide
+    from minimind_dpo.models.fast.products import agree_on_library
     from minimind_dpo.objective.layout import choose_layout
     from minimind_dpo.objective.scoring import PairScorer
     from minimind_dpo.reference.choosing import make_cache, switches_adapters_off
@@ -64,9 +65,11 @@ def _precompute(config: TrainConfig, session: Session) -> None:
     needed = load_data(config, engine, tokenizer).needed()
     session.stop.listen()
     digest = reference_digest(model, engine.weights_dtype)
-    scorer = engine.freeze(PairScorer(model), offload=False)
+    library, reason = agree_on_library(config.matmul, engine)
+    logger.info("matmul: %s (%s)", library, reason)
+    scorer = engine.freeze(PairScorer(model, library), offload=False)
     layout = choose_layout(unwrap(scorer), config.attn_implementation, engine.device, engine.autocast, decide)
-    cache = make_cache(config, engine, digest, layout)
+    cache = make_cache(config, engine, digest, layout, library)
     begin = time.perf_counter()
     scored = fill_cache(engine, cache, scorer, layout, needed, session.stop.__bool__)
     seconds = time.perf_counter() - begin

@@ -14,6 +14,7 @@ LOSS_TYPES = ["sigmoid", "sigmoid_norm", "robust", "hinge", "ipo"]
 SMOOTHED_LOSS_TYPES = ["sigmoid", "sigmoid_norm", "robust"]
 REFERENCES = ("auto", "live", "offload", "cache", "adapter")
 LR_SCHEDULER_TYPES = ("minimind", "cosine", "cosine_with_min_lr", "linear", "constant", "constant_with_warmup")
+MATMULS = ("auto", "torch", "onednn")
 DTYPES = ("float32", "float16", "bfloat16")  # torch's names
 
 
@@ -65,6 +66,11 @@ class TrainConfig:
     trust_remote_code: bool = _free(False, "run code that comes with a hub model")
     attn_implementation: str = _free(
         "pairs", "pairs: packed shared-prefix batches; sdpa, eager, ...: one padded row a side"
+    )
+    matmul: str = _free(
+        "auto",
+        "library for fp32 products on the CPU: auto: the faster one, kept on a resume | torch | onednn",
+        choices=MATMULS,
     )
     gradient_checkpointing: bool = _free(False, "recompute activations in the backward pass")
     lora_r: int | None = _fixed(None, "rank of LoRA matrices; without it every weight is trained", bounds=POSITIVE)

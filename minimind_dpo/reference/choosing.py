@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from minimind_dpo.config import TrainConfig
 from minimind_dpo.engine.protocol import Engine, unwrap
 from minimind_dpo.engine.ranks import decide
+from minimind_dpo.models.fast.products import TORCH
 from minimind_dpo.objective.layout import PairLayout, adopt_layout
 from minimind_dpo.objective.scoring import PairScorer
 from minimind_dpo.reference.cache import Needed, ReferenceCache, cache_directory
@@ -112,13 +113,13 @@ def make_reference(
         return AdapterReference(policy, engine.autocast)
     cache = None
     if loaded.mode == "cache" or loaded.by_auto:
-        cache = make_cache(config, engine, loaded.digest, layout)
+        cache = make_cache(config, engine, loaded.digest, layout, policy.library)
         if open_complete(engine, cache, needed):
             loaded.model = None
             return CachedReference(cache)
     scorer: Any = policy
     if loaded.model is not None:
-        scorer = engine.freeze(PairScorer(loaded.model), offload=loaded.mode == "offload")
+        scorer = engine.freeze(PairScorer(loaded.model, policy.library), offload=loaded.mode == "offload")
         loaded.model = None
         named = config.ref_model_name_or_path is not None
         adopt_layout(unwrap(scorer), policy, layout, engine.device, engine.autocast, decide, named=named)
@@ -133,7 +134,7 @@ def make_reference(
     return CachedReference(cache)
 
 
-def make_cache(config: TrainConfig, engine: Engine, digest: str, layout: PairLayout) -> ReferenceCache:
+def make_cache(config: TrainConfig, engine: Engine, digest: str, layout: PairLayout, library: str) -> ReferenceCache:
     """The cache of one reference under the numeric settings of the run, nothing opened yet."""
     numerics = {
         "precision": engine.precision,
@@ -142,4 +143,6 @@ def make_cache(config: TrainConfig, engine: Engine, digest: str, layout: PairLay
         "layout": layout.id,
         "device": engine.device.type,
     }
+    if library != TORCH:  # the caches there were before there was another stay valid
+        numerics["matmul"] = library
     return ReferenceCache(cache_directory(digest, numerics))

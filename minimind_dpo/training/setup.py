@@ -26,6 +26,7 @@ from minimind_dpo.engine.ranks import decide, main_first
 from minimind_dpo.errors import UserError
 from minimind_dpo.files import is_raw_weights
 from minimind_dpo.models.adapters import add_adapters
+from minimind_dpo.models.fast.products import TORCH, agree_on_library
 from minimind_dpo.models.loading import load_model, locate_model
 from minimind_dpo.objective.layout import choose_layout
 from minimind_dpo.objective.losses import LossSettings
@@ -55,7 +56,7 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
     # from CPU memory, before the policy moves
     loaded = load_reference(config, engine, policy, load_configured, single_pass=data.is_single_pass())
     state = _state(config, engine, data, loaded.digest, checkpoint)
-    scorer = _trainable(config, policy)
+    scorer = _trainable(config, policy, state.identity["matmul"])
     prepared, optimizer = engine.prepare(scorer, make_optimizer(scorer, config.learning_rate, config.weight_decay))
     layout = choose_layout(unwrap(prepared), config.attn_implementation, engine.device, engine.autocast, decide)
     reference = make_reference(config, engine, loaded, unwrap(prepared), layout, data.needed(), stop.__bool__)
@@ -173,27 +174,32 @@ def _state(
     config: TrainConfig, engine: Engine, data: RunData, reference_digest: str, checkpoint: Path | None
 ) -> TrainerState:
     """The state of the run: of its start, or as `checkpoint` left it, if that is this run's."""
+    saved = None if checkpoint is None else read_state(checkpoint)
+    # before there was a choice, it was torch
+    kept = None if saved is None else saved.identity.get("matmul", TORCH)
+    library, reason = agree_on_library(config.matmul, engine, kept)
+    logger.info("matmul: %s (%s)", library, reason)
     now = identity(config) | {
+        "matmul": library,
         "global_batch": data.order.global_batch,
         "mixed_precision": engine.precision,
         "train_data_digest": data.train.digest,
         "reference_digest": reference_digest,
     }
     state = TrainerState(total_steps=data.steps, identity=now)
-    if checkpoint is None:
+    if saved is None or checkpoint is None:
         return state
-    saved = read_state(checkpoint)
-    check_identity(saved, state, checkpoint, defaults=identity(TrainConfig()))
+    check_identity(saved, state, checkpoint, defaults=identity(TrainConfig()) | {"matmul": TORCH})
     if saved.total_steps != data.steps:
         logger.warning(
             "the run now has %d steps, not %d: from here on the learning rate follows the new length",
             data.steps,
             saved.total_steps,
         )
-    return dataclasses.replace(saved, total_steps=data.steps)
+    return dataclasses.replace(saved, total_steps=data.steps, identity=saved.identity | now)
 
 
-def _trainable(config: TrainConfig, policy: PreTrainedModel) -> PairScorer:
+def _trainable(config: TrainConfig, policy: PreTrainedModel, library: str) -> PairScorer:
     """The policy's scorer in training mode, with what is trained and what is not."""
     if config.lora_r is not None:
         add_adapters(
@@ -207,7 +213,7 @@ def _trainable(config: TrainConfig, policy: PreTrainedModel) -> PairScorer:
         )
     if config.gradient_checkpointing:
         policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    return PairScorer(policy.train())
+    return PairScorer(policy.train(), library)
 
 
 def _tokenize(config: TrainConfig, source: list[str], tokenizer: Any) -> TokenizedData:

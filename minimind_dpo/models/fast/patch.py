@@ -16,7 +16,6 @@ from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.models.llama import modeling_llama
@@ -25,6 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from minimind_dpo.models.fast.attention import pair_attention
 from minimind_dpo.models.fast.head import token_logps
 from minimind_dpo.models.fast.nodes import rms_norm, rope, swiglu
+from minimind_dpo.models.fast.products import TORCH, linear, linear_forwards
 
 PAIR_ATTENTION = "minimind_dpo_pairs"
 AttentionInterface.register(PAIR_ATTENTION, pair_attention)  # one more choice; a model has to name it to get it
@@ -42,6 +42,7 @@ class Patch:
 
     Args:
         model: the language model; its modules may later be wrapped by an engine or by accelerate's hooks.
+        library: for fp32 products on the CPU (`models/fast/products.py`).
 
     Attributes:
         decoder: the model without its head.
@@ -50,9 +51,9 @@ class Patch:
             weight, on all ranks together. None where it is no plain linear layer.
     """
 
-    def __init__(self, model: PreTrainedModel):
-        self._model = model
-        self._fused = dict(_fused_forwards(model))
+    def __init__(self, model: PreTrainedModel, library: str = TORCH):
+        self._model, self._library = model, library
+        self._fused = dict([*_fused_forwards(model), *linear_forwards(model, library)])
         configs = {id(config): config for module in model.modules() if (config := _config(module)) is not None}
         self._configs = list(configs.values())
         self._checkpointed = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
@@ -84,7 +85,7 @@ class Patch:
         if wanted is not None and self._last_layer is not None:
             changes += self._restricted(self._last_layer, wanted)
         if self.head is not None:
-            changes.append((self.head, _forward_name(self.head), MethodType(_head, self.head)))
+            changes.append((self.head, _forward_name(self.head), partial(_head, self.head, self._library)))
         return _changed([*changes, *self._checkpointing(changes)])
 
     def _restricted(self, layer: nn.Module, wanted: Tensor) -> Iterator[Change]:
@@ -239,7 +240,7 @@ def _on_rows(positions: Tensor, forward: Callable[[Tensor], Tensor], x: Tensor) 
     return output.index_put((positions,), rows).view(*x.shape[:-1], -1)
 
 
-def _head(self: Any, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+def _head(self: Any, library: str, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
     if targets is None:
-        return F.linear(hidden, self.weight)
-    return token_logps(hidden, self.weight, targets)
+        return linear(hidden, self.weight, None, library)
+    return token_logps(hidden, self.weight, targets, library)
