@@ -20,11 +20,13 @@ from torch import Tensor
 
 from minimind_dpo.checkpoints import directory
 from minimind_dpo.checkpoints.state import TrainerState, write_state
-from minimind_dpo.data.batch import pack_pairs, pad_pairs
+from minimind_dpo.data.batch import PairSegment, pack_pairs, pad_pairs
+from minimind_dpo.engine import cpu
 from minimind_dpo.engine.cpu import Processor, read_processor
 from minimind_dpo.errors import UserError
 from minimind_dpo.models.adapters import add_adapters
-from minimind_dpo.models.fast import head, products
+from minimind_dpo.models.fast import attention, attention_cpu, head, products
+from minimind_dpo.models.fast.attention import pair_attention, sdpa_attention
 from minimind_dpo.models.fast.head import token_logps
 from minimind_dpo.models.fast.products import agree_on_library, choose_library, linear, measure_lead
 from minimind_dpo.objective.scoring import PairScorer
@@ -261,6 +263,65 @@ def test_model_is_whole_afterwards(calls: list[Any]) -> None:
     made = len(calls)
     model(torch.arange(10)[None])
     assert len(calls) == made and not any("forward" in vars(module) for module in model.modules())
+
+
+# half precision
+
+
+def half_attention(dtype: torch.dtype, kept_keys: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
+    """Relative errors of outputs and gradients, against fp64, of our attention and of SDPA on the same bf16 states."""
+    monkeypatch.setattr(attention_cpu, "KEPT_KEYS", kept_keys)
+    segments = (PairSegment(0, 80, 120, 110), PairSegment(310, 1, 60, 0))
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(1, heads, 371, 32, generator=generator).to(dtype) for heads in (4, 2, 2)]
+    states[0], states[1] = states[0] * 2, states[1] * 2
+    grad = torch.randn(1, 371, 4, 32, generator=generator).to(dtype)
+
+    def results(function: Any, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [state.detach().to(dtype).requires_grad_() for state in states]
+        output = function(*leaves)
+        return [output, *torch.autograd.grad(output, leaves, grad.to(dtype))]
+
+    exact = results(lambda q, k, v: sdpa_attention(q, k, v, segments, None, None), torch.float64)
+    forms = {
+        "ours": lambda q, k, v: pair_attention(None, q, k, v, None, pair_segments=segments)[0],
+        "sdpa": lambda q, k, v: sdpa_attention(q, k, v, segments, None, None),
+    }
+    return {
+        name: [distance(left, right) for left, right in zip(results(form, dtype), exact, strict=True)]
+        for name, form in forms.items()
+    }
+
+
+@pytest.mark.parametrize("units", [True, False])
+@pytest.mark.parametrize("kept_keys", [384, 0])
+def test_attention_in_bf16_is_as_exact_as_sdpa(monkeypatch: pytest.MonkeyPatch, kept_keys: int, units: bool) -> None:
+    monkeypatch.setattr(attention, "has_bf16_units", lambda: units)
+    errors = half_attention(torch.bfloat16, kept_keys, monkeypatch)
+    for ours, theirs in zip(errors["ours"], errors["sdpa"], strict=True):
+        assert ours <= 1.05 * theirs and ours < 5e-3
+    assert sum(errors["ours"]) < sum(errors["sdpa"])
+    if not units:
+        assert max(errors["ours"]) < 2e-3
+
+
+def test_attention_in_bf16_keeps_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "has_bf16_units", lambda: True)
+    states = [torch.randn(1, heads, 20, 8).bfloat16().requires_grad_() for heads in (4, 2, 2)]
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        pair_attention(None, *states, None, pair_segments=(PairSegment(0, 5, 7, 8),))
+    assert {tensor.dtype for tensor in kept} == {torch.bfloat16}
+    assert sum(tensor.numel() for tensor in kept) == 20 * 8 * (4 + 2 + 2) + 4 * (12 * 12 + 8 * 13)
+
+
+@pytest.mark.parametrize(
+    ("flags", "answer"), [({"avx512f"}, False), ({"avx512_bf16"}, True), ({"amx_bf16"}, True), (None, False)]
+)
+def test_units_for_bf16(monkeypatch: pytest.MonkeyPatch, flags: set[str] | None, answer: bool) -> None:
+    processor = None if flags is None else ZEN_4._replace(flags=frozenset(flags))
+    monkeypatch.setattr(cpu, "read_processor", lambda: processor)
+    assert cpu.has_bf16_units.__wrapped__() is answer
 
 
 # the run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,13 @@ def read_processor(path: Path = Path("/proc/cpuinfo")) -> Processor | None:
         return Processor(facts["vendor_id"], int(facts["cpu family"]), frozenset(facts["flags"].split()))
     except (OSError, KeyError, ValueError):
         return None
+
+
+@lru_cache(maxsize=1)
+def has_bf16_units() -> bool:
+    """Whether this machine's processor multiplies bf16 itself; else such products are slower than those of fp32."""
+    processor = read_processor()
+    return processor is not None and not processor.flags.isdisjoint({"avx512_bf16", "amx_bf16"})
 
 
 def set_up_cpu(processes: int) -> None:
