@@ -26,12 +26,14 @@ def norm_bytes(shape: ModelShape, run: RunShape) -> float:
     """A layer's two norms, bytes a token: fp32 inputs, the outputs that linear layers keep, and normalised inputs.
 
     2 (4 h + c h), and 2 c h where normalised inputs are kept
-    autocast: 2 x 4 h + 5 c h, since each linear layer rounds its input for itself, and 2 x 4 h where they are kept
+    autocast: 2 x 4 h + 2 c h; without nodes, or with experts, 5 c h, since each linear layer rounds its input for
+    itself, and 2 x 4 h where they are kept
     """
     hidden, inputs = shape.hidden, 2 * 4 * shape.hidden
     if run.autocast:
         kept = keeps_normalised(shape, run) or shape.routed > 0
-        return inputs + kept * 2 * 4 * hidden + 5 * run.output_bytes * hidden
+        rounded = 2 if shape.fused and not shape.routed else 5
+        return inputs + kept * 2 * 4 * hidden + rounded * run.output_bytes * hidden
     return inputs + (keeps_normalised(shape, run) + 1) * 2 * run.output_bytes * hidden
 
 
@@ -39,13 +41,14 @@ def attention_bytes(shape: ModelShape, run: RunShape) -> float:
     """A layer's attention without its softmax, bytes a token: rotated queries, keys, values and the outputs.
 
     a (q + 2 k) + c q, where a is the bytes of an element that attention keeps (`attended_bytes`)
-    normed heads: also 4 (q + k), and c (q + k) where normalised inputs are kept
+    normed heads: also 4 (q + k), c (q + k) of a fused norm, and c (q + k) where normalised inputs are kept
     GPU: also 4 a query head, and the keys and values gathered for one call: 2 c k (1 + prefix share of the tokens)
     """
     queries, keys, size = shape.query, shape.key_value, run.output_bytes
     kept: float = attended_bytes(run) * (queries + 2 * keys) + size * queries
     if shape.normed_heads:
-        kept += (4 + keeps_normalised(shape, run) * size) * (queries + keys)
+        fused = shape.fused and run.weight_bytes == 4
+        kept += ((size if fused else 4) + keeps_normalised(shape, run) * size) * (queries + keys)
     if not run.cpu:
         kept += 4 * shape.heads + size * 2 * keys * (1 + run.prefix * run.pairs / run.tokens)
     return kept
