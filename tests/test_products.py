@@ -28,7 +28,13 @@ from minimind_dpo.models.adapters import add_adapters
 from minimind_dpo.models.fast import attention, attention_cpu, head, products
 from minimind_dpo.models.fast.attention import pair_attention, sdpa_attention
 from minimind_dpo.models.fast.head import token_logps
-from minimind_dpo.models.fast.products import agree_on_library, choose_library, linear, measure_lead
+from minimind_dpo.models.fast.products import (
+    agree_on_library,
+    choose_library,
+    half_precision_notice,
+    linear,
+    measure_lead,
+)
 from minimind_dpo.objective.scoring import PairScorer
 
 ZEN_4 = Processor("AuthenticAMD", 25, frozenset({"avx512f"}))
@@ -322,6 +328,26 @@ def test_units_for_bf16(monkeypatch: pytest.MonkeyPatch, flags: set[str] | None,
     processor = None if flags is None else ZEN_4._replace(flags=frozenset(flags))
     monkeypatch.setattr(cpu, "read_processor", lambda: processor)
     assert cpu.has_bf16_units.__wrapped__() is answer
+
+
+@pytest.mark.parametrize(("units", "lead", "says"), [(True, 2.9, True), (True, 1.9, False), (False, 2.9, False)])
+def test_notice_of_faster_half_precision(monkeypatch: pytest.MonkeyPatch, units: bool, lead: float, says: bool) -> None:
+    monkeypatch.setattr(products, "has_bf16_units", lambda: units)
+    notice = half_precision_notice("torch", lambda: lead)
+    assert (notice is not None) == says
+    if notice is not None:
+        assert "bf16 2.9 times as fast as fp32" in notice and "\n" not in notice
+
+
+def test_a_run_in_fp32_is_told_once(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(products, "has_bf16_units", lambda: True)
+    monkeypatch.setattr(products, "measure_lead", lambda **given: 3.0)
+    flags = inputs.flags(tmp_path, save_steps=2, matmul="torch")
+    train_here(flags)
+    train_here([*flags, "--num_train_epochs", "2"])  # a run that goes on is not asked to change
+    assert caplog.text.count("--mixed_precision bf16") == 1
 
 
 # the run

@@ -26,7 +26,7 @@ from minimind_dpo.engine.ranks import decide, main_first
 from minimind_dpo.errors import UserError
 from minimind_dpo.files import is_raw_weights
 from minimind_dpo.models.adapters import add_adapters
-from minimind_dpo.models.fast.products import TORCH, agree_on_library
+from minimind_dpo.models.fast.products import TORCH, agree_on_library, half_precision_notice
 from minimind_dpo.models.loading import load_model, locate_model
 from minimind_dpo.objective.layout import choose_layout
 from minimind_dpo.objective.losses import LossSettings
@@ -60,6 +60,9 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
     prepared, optimizer = engine.prepare(scorer, make_optimizer(scorer, config.learning_rate, config.weight_decay))
     layout = choose_layout(unwrap(prepared), config.attn_implementation, engine.device, engine.autocast, decide)
     reference = make_reference(config, engine, loaded, unwrap(prepared), layout, data.needed(), stop.__bool__)
+    if checkpoint is None and engine.is_main and engine.device.type == "cpu" and engine.precision == "no":
+        if notice := half_precision_notice(state.identity["matmul"]):
+            logger.info(notice)
     if checkpoint is not None:  # last: up to here the policy is its own start, which a cache may be made of
         load_checkpoint(checkpoint, engine)
         logger.info("resuming after step %d from %s", state.step, checkpoint)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimind_dpo.engine.cpu import Processor, read_processor
+from minimind_dpo.engine.cpu import Processor, has_bf16_units, read_processor
 from minimind_dpo.engine.protocol import Engine
 from minimind_dpo.engine.ranks import on_main
 from minimind_dpo.errors import UserError
@@ -26,6 +26,7 @@ Multiply = Callable[[Tensor, Tensor], Tensor]  # [M, K] and [N, K] -> left @ rig
 
 _ZEN_5 = 26  # the first family of AMD's whose 512-bit units are not two of 256 bits
 _LEAST_LEAD = 1.25  # a smaller one goes into the kernels that oneDNN compiles for each new length
+_LEAST_HALF_LEAD = 2.0  # of bf16, to be worth a line
 _MEASURING_SECONDS = 0.1
 _MEASURED = (256, 512, 1408)  # rows, inputs and outputs: a feed-forward layer of MiniMind's 26M
 _SMALLEST = 64  # rows or columns of a weight; LoRA's matrices, with fewer, gain nothing
@@ -75,13 +76,13 @@ def choose_library(processor: Processor | None, lead: Callable[[], float] | None
 def measure_lead(
     clock: Callable[[], float] = time.perf_counter, multiply: tuple[Multiply, Multiply] | None = None
 ) -> float:
-    """How many times as fast as torch's own a product of oneDNN is, with this process's threads, the best of each.
+    """How many times as fast as the first the second way to multiply is, with this process's threads, the best of each.
 
-    The libraries take turns, first untimed, until the next turn would pass 0.1 s.
+    The two take turns, first untimed, until the next turn would pass 0.1 s.
 
     Args:
         clock: seconds.
-        multiply: torch's and oneDNN's.
+        multiply: the two; torch's product and oneDNN's unless given.
     """
     rows, inputs, outputs = _MEASURED
     left, right = torch.ones(rows, inputs), torch.ones(outputs, inputs)
@@ -93,8 +94,28 @@ def measure_lead(
             function(left, right)
             turn.append(clock())
         times.append((turn[1] - turn[0], turn[2] - turn[1]))
-    torch_seconds, onednn_seconds = (min(seconds) for seconds in zip(*times[1:], strict=True))
-    return torch_seconds / onednn_seconds
+    first, second = (min(seconds) for seconds in zip(*times[1:], strict=True))
+    return first / second
+
+
+def half_precision_notice(library: str, lead: Callable[[], float] | None = None) -> str | None:
+    """What to tell a run in fp32 on a processor whose products of bf16 are at least twice as fast; None elsewhere.
+
+    Args:
+        library: for the run's fp32 products.
+        lead: measures how many times as fast bf16 is; 0.1 s at most.
+    """
+    if not has_bf16_units():
+        return None
+
+    def half(left: Tensor, right: Tensor) -> Tensor:
+        return F.linear(left.bfloat16(), right.bfloat16())
+
+    single = product if library == ONEDNN else F.linear
+    times = (lead or partial(measure_lead, multiply=(single, half)))()
+    if times < _LEAST_HALF_LEAD:
+        return None
+    return f"this processor multiplies bf16 {times:.1f} times as fast as fp32: see --mixed_precision bf16"
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
