@@ -29,8 +29,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from minimind_dpo.config import make_config
 from minimind_dpo.data.batch import pad_pairs
 from minimind_dpo.engine.launcher import start_engine
-from minimind_dpo.objective.scoring import PairScorer
 from minimind_dpo.engine.optimizers import make_optimizer
+from minimind_dpo.objective.scoring import PairScorer
 
 ROOT = Path(__file__).resolve().parent.parent
 BUCKET = 1_000_000  # elements; small, since the table is about states

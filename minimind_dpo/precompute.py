@@ -59,7 +59,7 @@ def _precompute(config: TrainConfig, session: Session) -> None:
     from minimind_dpo.training.weights import load_reference_start
 
     engine = session.engine
-    config = settle(config, engine.precision)
+    config = settle(config, engine)
     tokenizer = load_tokenizer(tokenizer_path(config), config.trust_remote_code)
     with engine.loading_reference(offload=False):
         model = load_reference_start(config, engine)
@@ -67,7 +67,7 @@ def _precompute(config: TrainConfig, session: Session) -> None:
     needed = load_data(config, engine, tokenizer).needed()
     session.stop.listen()
     digest = reference_digest(model, engine.weights_dtype)
-    scorer = engine.freeze(PairScorer(model), False, weight_rounding(config))
+    scorer = engine.freeze(PairScorer(model, config.matmul), False, weight_rounding(config))
     layout = choose_layout(unwrap(scorer), config.attn_implementation, engine.device, engine.autocast, decide)
     cache = make_cache(config, engine, digest, layout)
     begin = time.perf_counter()

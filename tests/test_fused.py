@@ -14,9 +14,10 @@ from transformers import GemmaConfig, GemmaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from minimind_dpo.data.batch import PairSegment
-from minimind_dpo.models.fast import attention, attention_cpu, head, patch
+from minimind_dpo.models.fast import attention, attention_cpu, fusing, head
+from minimind_dpo.models.fast.fusing import can_fuse
 from minimind_dpo.models.fast.head import token_logps
-from minimind_dpo.models.fast.patch import Patch, can_fuse
+from minimind_dpo.models.fast.patch import Patch
 
 SEGMENTS = (PairSegment(0, 5, 3, 4), PairSegment(12, 1, 2, 0), PairSegment(15, 7, 1, 9))
 
@@ -61,7 +62,7 @@ def test_rotary_embedding_equals_its_model_s_own(kind: str) -> None:
     model = tiny_model(kind)
     with Patch(model).applied(packed=False):
         fused = model.model.layers[0].self_attn.forward.__func__.__globals__["apply_rotary_pos_emb"]
-    assert fused is patch._rotary
+    assert fused is fusing._rotary
     query, key = _leaves((1, 4, 30, 8), (1, 2, 30, 8))
     cos, sin = torch.randn(2, 1, 30, 8)  # halves that differ, as no model has them
     for dtype in (torch.float32, torch.bfloat16):
@@ -228,3 +229,48 @@ def _varlen_by_hand(
         scores = torch.einsum("qhd,khd->hqk", q, k) * scale
         outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(dim=-1), v))
     return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("name", ["input_layernorm", "self_attn.q_norm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_under_autocast(name: str, dtype: torch.dtype) -> None:
+    """fp32 inside: closer to fp64 than the module's own; rounded at once where linear layers read it."""
+    module = tiny_model("qwen3").model.layers[0].get_submodule(name)
+    size = module.weight.shape[0]
+    x = torch.randn(50, size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    patched = tiny_model("qwen3")
+    ours_module = patched.model.layers[0].get_submodule(name)
+    grad = torch.randn(50, size, generator=torch.Generator().manual_seed(1))
+    results = []
+    with Patch(patched).applied(packed=False), torch.autocast("cpu", torch.bfloat16):
+        for norm in (ours_module, module):
+            leaf = x.clone().requires_grad_()
+            output = norm(leaf)
+            expected = torch.bfloat16 if norm is ours_module and "layernorm" in name else torch.float32
+            assert output.dtype == expected
+            results.append((output.bfloat16(), *torch.autograd.grad(output, leaf, grad.to(output.dtype))))
+    leaf = x.double().requires_grad_()
+    exact = leaf / (leaf.pow(2).mean(dim=-1, keepdim=True) + module.variance_epsilon).sqrt() * module.weight.double()
+    references = (exact, *torch.autograd.grad(exact, leaf, grad.double()))
+    for index, reference in enumerate(references):
+        ours, own = (float((result[index] - reference).norm() / reference.norm()) for result in results)
+        assert ours <= 3e-3 and (index or ours <= own + 1e-9)
+
+
+def test_rotary_embedding_under_autocast() -> None:
+    """What attention takes is bf16, so the node rounds at once; its gradient is closer to fp64 than the model's own."""
+    states = [torch.randn(1, heads, 30, 8).bfloat16() for heads in (4, 2)]
+    cos, sin = torch.randn(2, 1, 30, 8)
+
+    def results(rotary: Any, dtype: torch.dtype, product: torch.dtype) -> list[Tensor]:
+        leaves = [state.to(dtype).requires_grad_() for state in states]
+        angles = (cos.double(), sin.double()) if dtype == torch.float64 else (cos, sin)
+        rotated = torch.cat([state.to(product) for state in rotary(*leaves, *angles)], dim=1)
+        return [rotated, *torch.autograd.grad(rotated, leaves, torch.ones_like(rotated))]
+
+    exact = results(apply_rotary_pos_emb, torch.float64, torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = (results(rotary, *[torch.bfloat16] * 2) for rotary in (fusing._rotary, apply_rotary_pos_emb))
+        assert fusing._rotary(*states, cos, sin)[0].dtype == torch.bfloat16
+    for left, right, reference in zip(ours, theirs, exact, strict=True):
+        assert (left - reference).norm() <= 1.001 * (right - reference).norm()

@@ -20,7 +20,8 @@ from transformers import NanoChatConfig, NanoChatForCausalLM, PreTrainedModel
 from transformers.models.llama import modeling_llama
 
 from minimind_dpo.models.adapters import add_adapters
-from minimind_dpo.models.fast.patch import Patch, can_fuse
+from minimind_dpo.models.fast.fusing import can_fuse
+from minimind_dpo.models.fast.patch import Patch
 from minimind_dpo.objective.layout import PACKED, PLAIN, PairLayout, choose_layout
 from minimind_dpo.objective.scoring import PairScorer
 from minimind_dpo.planning.shape import read_shape

@@ -111,7 +111,7 @@ TERMS = [
     (heap.reference_holes, replace(SMALL, parameters=(LARGE, 8)), planned(3, reference="live", cpu=True), 4 * 8),
     (activations.norm_bytes, SMALL, FP32, 2 * (4 + 4) * 10),
     (activations.norm_bytes, PLAIN, FP32, 2 * (4 + 4 + 4) * 10),
-    (activations.norm_bytes, SMALL, GPU, 2 * 4 * 10 + 5 * 2 * 10),
+    (activations.norm_bytes, SMALL, GPU, 2 * 4 * 10 + 2 * 2 * 10),
     (activations.norm_bytes, PLAIN, GPU, 2 * (4 + 4) * 10 + 5 * 2 * 10),
     (activations.norm_bytes, SMALL, replace(GPU, zero=read_zero(2, "none", cpu=False)), 2 * (4 + 2 + 2) * 10),
     (activations.attention_bytes, SMALL, FP32, 4 * (20 + 2 * 8) + 4 * 20),

@@ -15,6 +15,7 @@ SMOOTHED_LOSS_TYPES = ["sigmoid", "sigmoid_norm", "robust"]
 REFERENCES = ("auto", "live", "offload", "cache", "adapter")
 LR_SCHEDULER_TYPES = ("minimind", "cosine", "cosine_with_min_lr", "linear", "constant", "constant_with_warmup")
 WEIGHT_ROUNDINGS = ("auto", "dithered", "stochastic", "nearest")
+MATMULS = ("auto", "torch", "onednn")
 DTYPES = ("float32", "float16", "bfloat16")  # torch's names
 QUANTIZATIONS = ("none", "nf4")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor")  # transformers' names where it has them
@@ -69,6 +70,11 @@ class TrainConfig:
     trust_remote_code: bool = _free(False, "run code that comes with a hub model")
     attn_implementation: str = _free(
         "pairs", "pairs: packed shared-prefix batches; sdpa, eager, ...: one padded row a side"
+    )
+    matmul: str = _fixed(
+        "auto",
+        "library for fp32 products on the CPU: auto: the faster one, kept on a resume | torch | onednn",
+        choices=MATMULS,
     )
     gradient_checkpointing: bool = _free(False, "recompute activations in the backward pass")
     weight_rounding: str = _fixed(

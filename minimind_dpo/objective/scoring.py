@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from minimind_dpo.data.batch import PairBatch
 from minimind_dpo.models.fast.half import product_places, product_weights
 from minimind_dpo.models.fast.patch import Patch
+from minimind_dpo.models.fast.products import TORCH
 from minimind_dpo.models.router import router_aux_loss, router_settings
 
 
@@ -35,18 +36,20 @@ class PairScorer(nn.Module):
 
     Args:
         model: the language model; in training mode its router loss, if it has one, is scored too.
+        library: for fp32 products on the CPU (`models/fast/products.py`).
 
     Attributes:
+        library: as given.
         fused_head: log-probabilities come from `models/fast/head.py` and the last layer works on counted positions
             only; off until `choose_layout` has seen that it changes nothing.
         half_weights: by parameter the copies that products use instead, which an engine keeps up to date.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, library: str = TORCH):
         super().__init__()
-        self.model = model
+        self.model, self.library = model, library
         self.router = router_settings(model.config)
-        self._patch = Patch(model)
+        self._patch = Patch(model, library)
         self.fused_head = False
         self.half_weights: Mapping[nn.Parameter, Tensor] = {}
 

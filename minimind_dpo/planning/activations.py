@@ -9,6 +9,7 @@ backward pass.
 from __future__ import annotations
 
 from minimind_dpo.data.batch import PairSegment
+from minimind_dpo.engine.cpu import has_bf16_units
 from minimind_dpo.models.fast.attention_cpu import keeps_weights, query_blocks
 from minimind_dpo.models.fast.head import MOST_LOGITS
 from minimind_dpo.planning.allocation import Allocation, allocate
@@ -25,29 +26,37 @@ def norm_bytes(shape: ModelShape, run: RunShape) -> float:
     """A layer's two norms, bytes a token: fp32 inputs, the outputs that linear layers keep, and normalised inputs.
 
     2 (4 h + c h), and 2 c h where normalised inputs are kept
-    autocast: 2 x 4 h + 5 c h, since each linear layer rounds its input for itself, and 2 x 4 h where they are kept
+    autocast: 2 x 4 h + 2 c h; without nodes, or with experts, 5 c h, since each linear layer rounds its input for
+    itself, and 2 x 4 h where they are kept
     """
     hidden, inputs = shape.hidden, 2 * 4 * shape.hidden
     if run.autocast:
         kept = keeps_normalised(shape, run) or shape.routed > 0
-        return inputs + kept * 2 * 4 * hidden + 5 * run.output_bytes * hidden
+        rounded = 2 if shape.fused and not shape.routed else 5
+        return inputs + kept * 2 * 4 * hidden + rounded * run.output_bytes * hidden
     return inputs + (keeps_normalised(shape, run) + 1) * 2 * run.output_bytes * hidden
 
 
 def attention_bytes(shape: ModelShape, run: RunShape) -> float:
     """A layer's attention without its softmax, bytes a token: rotated queries, keys, values and the outputs.
 
-    a (q + 2 k) + c q, where a is 4 on the CPU, which attends in fp32, else c
-    normed heads: also 4 (q + k), and c (q + k) where normalised inputs are kept
+    a (q + 2 k) + c q, where a is the bytes of an element that attention keeps (`attended_bytes`)
+    normed heads: also 4 (q + k), c (q + k) of a fused norm, and c (q + k) where normalised inputs are kept
     GPU: also 4 a query head, and the keys and values gathered for one call: 2 c k (1 + prefix share of the tokens)
     """
     queries, keys, size = shape.query, shape.key_value, run.output_bytes
-    kept: float = (4 if run.cpu else size) * (queries + 2 * keys) + size * queries
+    kept: float = attended_bytes(run) * (queries + 2 * keys) + size * queries
     if shape.normed_heads:
-        kept += (4 + keeps_normalised(shape, run) * size) * (queries + keys)
+        fused = shape.fused and run.weight_bytes == 4
+        kept += ((size if fused else 4) + keeps_normalised(shape, run) * size) * (queries + keys)
     if not run.cpu:
         kept += 4 * shape.heads + size * 2 * keys * (1 + run.prefix * run.pairs / run.tokens)
     return kept
+
+
+def attended_bytes(run: RunShape) -> int:
+    """Bytes of an element that attention keeps: a CPU without units for bf16 attends in fp32 only."""
+    return 4 if run.cpu and not has_bf16_units() else run.output_bytes
 
 
 def feed_forward_bytes(shape: ModelShape, run: RunShape) -> float:
@@ -135,16 +144,17 @@ def dequantized_weight(shape: ModelShape, run: RunShape) -> list[Allocation]:
 
 
 def kept_softmax(shape: ModelShape, run: RunShape) -> list[Allocation]:
-    """The softmax of attention in fp32, as far as the CPU keeps it: 4 heads x queries x keys of each block of queries.
+    """The softmax of attention, as far as the CPU keeps it: a heads x queries x keys of each block of queries.
 
-    Source: `models/fast/attention_cpu.py`. GPUs keep none; with checkpointing one layer's exists at a time.
+    a: `attended_bytes`. Source: `models/fast/attention_cpu.py`. GPUs keep none; with checkpointing one layer's exists
+    at a time.
     """
     if not run.cpu:
         return []
     pair = PairSegment(start=0, prefix=run.prefix, chosen=run.branch, rejected=run.branch)
     blocks = [block for block in query_blocks([pair]) if keeps_weights(block)]
     layers = 1 if run.checkpointing else shape.layers
-    sizes = (4 * shape.heads * (block.end - block.start) * block.keys for block in blocks)
+    sizes = (attended_bytes(run) * shape.heads * (block.end - block.start) * block.keys for block in blocks)
     return [allocate("softmax", sizes, times=run.pairs * layers)]
 
 

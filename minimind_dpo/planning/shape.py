@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from minimind_dpo.errors import UserError
 from minimind_dpo.files import is_raw_weights
 from minimind_dpo.models.adapters import add_adapters
-from minimind_dpo.models.fast.patch import can_fuse
+from minimind_dpo.models.fast.fusing import can_fuse
 from minimind_dpo.models.loading import locate_model
 from minimind_dpo.models.quantization import quantizable
 from minimind_dpo.models.raw import read_raw_weights

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from minimind_dpo.config import TrainConfig
 from minimind_dpo.engine.protocol import Engine, unwrap
 from minimind_dpo.engine.ranks import decide
+from minimind_dpo.models.fast.products import TORCH
 from minimind_dpo.objective.layout import PairLayout, adopt_layout
 from minimind_dpo.objective.scoring import PairScorer
 from minimind_dpo.reference.cache import Needed, ReferenceCache, cache_directory
@@ -119,7 +120,8 @@ def make_reference(
             return CachedReference(cache)
     scorer: Any = policy
     if loaded.model is not None:
-        scorer = engine.freeze(PairScorer(loaded.model), loaded.mode == "offload", weight_rounding(config))
+        scorer = PairScorer(loaded.model, policy.library)
+        scorer = engine.freeze(scorer, loaded.mode == "offload", weight_rounding(config))
         loaded.model = None
         named = config.ref_model_name_or_path is not None
         adopt_layout(unwrap(scorer), policy, layout, engine.device, engine.autocast, decide, named=named)
@@ -145,4 +147,6 @@ def make_cache(config: TrainConfig, engine: Engine, digest: str, layout: PairLay
     }
     if engine.precision != "no" and weight_rounding(config) != "nearest":
         numerics["weight_rounding"] = weight_rounding(config)
+    if config.matmul != TORCH:  # the caches there were before there was another stay valid
+        numerics["matmul"] = config.matmul
     return ReferenceCache(cache_directory(digest, numerics))

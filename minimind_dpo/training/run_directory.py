@@ -145,6 +145,7 @@ def _summary(run: Run, lines: list[dict[str, Any]], peak_memory: float) -> dict[
         "pairs_per_second": pairs / max(state.seconds, 1e-9),
         "peak_memory_gib": peak_memory,
         "reference_digest": state.identity["reference_digest"],
+        "matmul": state.identity["matmul"],
     }
     evaluations = [line for line in lines if "eval_loss" in line]
     if evaluations:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
 from minimind_dpo.checkpoints.state import read_state
 from minimind_dpo.config import TrainConfig, identity
+from minimind_dpo.engine.protocol import Engine
+from minimind_dpo.models.fast.products import TORCH, agree_on_library
+
+logger = logging.getLogger(__name__)
 
 _AUTO = "auto"
 # What runs did before there was the setting.
-_BEFORE = {"weight_rounding": "nearest", "dtype": "float32"}
+_BEFORE = {"matmul": TORCH, "weight_rounding": "nearest", "dtype": "float32"}
 
 
 def identity_before() -> dict[str, Any]:
@@ -19,16 +24,21 @@ def identity_before() -> dict[str, Any]:
     return identity(TrainConfig()) | _BEFORE
 
 
-def settle(config: TrainConfig, precision: str, checkpoint: Path | None = None) -> TrainConfig:
-    """The configuration with nothing left open that a resume has to repeat.
+def settle(config: TrainConfig, engine: Engine, checkpoint: Path | None = None) -> TrainConfig:
+    """The configuration with nothing left open that a resume has to repeat. Collective.
 
     Args:
         config: as the user wrote it.
-        precision: of products: `no`, `bf16` or `fp16`.
+        engine: of the run.
         checkpoint: that the run goes on from; what was decided then stays.
+
+    Raises:
+        UserError: a library is asked for that is not there.
     """
-    saved = {} if checkpoint is None else identity_before() | read_state(checkpoint).identity
+    kept = {} if checkpoint is None else identity_before() | read_state(checkpoint).identity
+    library, reason = agree_on_library(config.matmul, engine, kept.get("matmul"))
+    logger.info("matmul: %s (%s)", library, reason)
     rounding = config.weight_rounding
     if rounding == _AUTO:
-        rounding = saved.get("weight_rounding", "dithered" if precision == "bf16" else "nearest")
-    return dataclasses.replace(config, weight_rounding=rounding)
+        rounding = kept.get("weight_rounding", "dithered" if engine.precision == "bf16" else "nearest")
+    return dataclasses.replace(config, matmul=library, weight_rounding=rounding)

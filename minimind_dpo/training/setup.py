@@ -24,6 +24,7 @@ from minimind_dpo.engine.ranks import decide, main_first
 from minimind_dpo.errors import UserError
 from minimind_dpo.files import is_raw_weights
 from minimind_dpo.models.adapters import add_adapters
+from minimind_dpo.models.fast.products import half_precision_notice
 from minimind_dpo.models.loading import locate_model
 from minimind_dpo.objective.layout import choose_layout
 from minimind_dpo.objective.losses import LossSettings
@@ -47,7 +48,7 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
         UserError: data, model, tokenizer and configuration do not go together, or the checkpoint is another run's.
         StoppedEarly: `stop` came while reference log-probabilities were computed.
     """
-    config = settle(config, engine.precision, checkpoint)
+    config = settle(config, engine, checkpoint)
     tokenizer = load_tokenizer(tokenizer_path(config), config.trust_remote_code)
     dtype = policy_dtype(config, engine, checkpoint)
     policy = load_start(config, dtype)
@@ -63,6 +64,9 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
     prepared, optimizer = engine.prepare(scorer, optimizer, config.weight_rounding)
     layout = choose_layout(unwrap(prepared), config.attn_implementation, engine.device, engine.autocast, decide)
     reference = make_reference(config, engine, loaded, unwrap(prepared), layout, data.needed(), stop.__bool__)
+    if checkpoint is None and engine.is_main and engine.device.type == "cpu" and engine.precision == "no":
+        if notice := half_precision_notice(config.matmul):
+            logger.info(notice)
     if checkpoint is not None:  # last: up to here the policy is its own start, which a cache may be made of
         load_checkpoint(checkpoint, engine)
         logger.info("resuming after step %d from %s", state.step, checkpoint)
@@ -181,7 +185,7 @@ def _state(
             data.steps,
             saved.total_steps,
         )
-    return dataclasses.replace(saved, total_steps=data.steps)
+    return dataclasses.replace(saved, total_steps=data.steps, identity=saved.identity | now)
 
 
 def _trainable(config: TrainConfig, policy: PreTrainedModel) -> PairScorer:
@@ -198,7 +202,7 @@ def _trainable(config: TrainConfig, policy: PreTrainedModel) -> PairScorer:
         )
     if config.gradient_checkpointing:
         policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    return PairScorer(policy.train())
+    return PairScorer(policy.train(), config.matmul)
 
 
 def _tokenize(config: TrainConfig, source: list[str], tokenizer: Any) -> TokenizedData:

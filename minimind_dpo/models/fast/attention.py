@@ -4,7 +4,7 @@ Each pair is attended on its own: causally over `prefix + chosen`, then the reje
 `prefix + rejected`, bottom-right causal. No T x T mask exists; the largest mask is one pair's
 [rejected, prefix + rejected].
 
-The same computation in three forms: on the CPU that of `attention_cpu.py`, in fp32; on a GPU in half precision one
+The same computation in three forms: on the CPU that of `attention_cpu.py`; on a GPU in half precision one
 call of flash attention for variable lengths; anywhere else SDPA a segment at a time.
 """
 
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind_dpo.data.batch import PairSegment
+from minimind_dpo.engine.cpu import has_bf16_units
 from minimind_dpo.models.fast.attention_blocks import banded_mask, pair_branches, visible_states
 from minimind_dpo.models.fast.attention_cpu import CpuPairAttention
 from minimind_dpo.models.fast.precision import autocast
@@ -66,11 +67,11 @@ def pair_attention(
     if query.device.type == "cpu" and not dropout:
         rows = getattr(module, "wanted_rows", None)
         wanted = None if rows is None else tuple(rows.tolist())
+        states = [query, key, value]
+        if not (query.dtype == torch.bfloat16 and has_bf16_units()):
+            states = [state.float() for state in states]
         with torch.autocast("cpu", enabled=False):
-            output = CpuPairAttention.apply(
-                query.float(), key.float(), value.float(), segments, scaling, sliding_window, wanted
-            )
-        return output.to(query.dtype), None
+            return CpuPairAttention.apply(*states, segments, scaling, sliding_window, wanted).to(query.dtype), None
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
         return varlen_attention(query, key, value, segments, scaling, sliding_window), None
     return sdpa_attention(query, key, value, segments, scaling, sliding_window, dropout), None

@@ -3,6 +3,10 @@
 A flash kernel multiplies a head at a time and computes the scores and their softmax again in the backward pass, which
 on a CPU costs more than what it leaves out. Here the query heads that share keys are rows of one product, hidden scores
 are computed inside a block only, and the softmax is kept while it is small.
+
+In half precision the forward pass is that of fp32, and what it keeps is rounded, as are the products of the backward
+pass: scores rounded to bf16 would make the softmax four times as wrong as SDPA's, since torch has no product of bf16
+matrices on the CPU that gives fp32.
 """
 
 from __future__ import annotations
@@ -48,38 +52,42 @@ class CpuPairAttention(torch.autograd.Function):
         """
         scaling = query.shape[3] ** -0.5 if scaling is None else scaling
         group = query.shape[1] // key.shape[1]
-        queries = _rows(query, group).mul_(scaling)
+        queries, keys, values = _rows(query.float(), group).mul_(scaling), key.float(), value.float()
         output = (queries.new_empty if wanted is None else queries.new_zeros)(*queries.shape[:2], value.shape[3])
         kept = []
         for block in query_blocks(segments, wanted):
             rows = slice(block.start * group, block.end * group)
-            weights = _weights(queries[:, rows], visible_states(key, block)[0], block, window)
-            output[:, rows] = _product(weights, visible_states(value, block)[0])
-            kept.append(weights if any(ctx.needs_input_grad) and keeps_weights(block) else None)
+            weights = _weights(queries[:, rows], visible_states(keys, block)[0], block, window)
+            output[:, rows] = _product(weights, visible_states(values, block)[0])
+            kept.append(weights.to(query.dtype) if any(ctx.needs_input_grad) and keeps_weights(block) else None)
         ctx.save_for_backward(query, key, value, *kept)
         ctx.segments, ctx.scaling, ctx.window, ctx.wanted = segments, scaling, window, wanted
-        return _positions(output, group)
+        return _positions(output.to(query.dtype), group)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Gradients of query, key and value."""
         query, key, value, *kept = ctx.saved_tensors
         group = query.shape[1] // key.shape[1]
-        queries, grads = _rows(query, group).mul_(ctx.scaling), _rows(grad_output.transpose(1, 2), group)
+        scaled, grads = _rows(query.float(), group).mul_(ctx.scaling), _rows(grad_output.transpose(1, 2), group)
+        half = query.dtype != torch.float32
+        queries = _rows(query, group) if half else scaled  # scaled ones would be rounded once more
         grad_queries = (torch.empty_like if ctx.wanted is None else torch.zeros_like)(queries)
-        grad_key, grad_value = (states.new_zeros(states.shape) for states in (key, value))
+        grad_key, grad_value = (torch.zeros_like(states, dtype=torch.float32) for states in (key, value))
         for block, weights in zip(query_blocks(ctx.segments, ctx.wanted), kept, strict=True):
             rows = slice(block.start * group, block.end * group)
             keys, grad = visible_states(key, block)[0], grads[:, rows]
             if weights is None:
-                weights = _weights(queries[:, rows], keys, block, ctx.window)
+                weights = _weights(scaled[:, rows], keys.float(), block, ctx.window).to(query.dtype)
             grad_weights = _product(grad, visible_states(value, block)[0].mT)
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
             grad_queries[:, rows] = _product(grad_scores, keys)
             _add(grad_key[0], block, _product(grad_scores.mT, queries[:, rows]))
             _add(grad_value[0], block, _product(weights.mT, grad))
+        if half:
+            grad_key.mul_(ctx.scaling)
         grad_query = _positions(grad_queries.mul_(ctx.scaling), group).transpose(1, 2)
-        return grad_query, grad_key, grad_value, None, None, None, None
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None, None
 
 
 def query_blocks(segments: Sequence[PairSegment], wanted: Sequence[int] | None = None) -> Iterator[QueryBlock]:
@@ -129,9 +137,11 @@ def _weights(queries: Tensor, keys: Tensor, block: QueryBlock, window: int | Non
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right of [key heads, rows, n] and [key heads, n, columns].
 
-    MKL gives whole products of a batch to threads. Those that do not divide evenly are made one by one, each by all
-    threads: three products on two threads take a quarter less time.
+    MKL, for fp32, gives whole products of a batch to threads. Those that do not divide evenly are made one by one, each
+    by all threads: three products on two threads take a quarter less time.
     """
+    if left.dtype != torch.float32:
+        return torch.bmm(left, right)
     count, threads = len(left), torch.get_num_threads()
     even = count - count % threads
     if even in (0, count):

@@ -11,10 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minimind_dpo.models.fast.precision import autocast
+from minimind_dpo.models.fast.products import TORCH, Multiply, add_product, multiply_of
 
 MOST_LOGITS = 1 << 25  # 128 MiB of fp32 logits
 
@@ -23,13 +23,15 @@ class _TokenLogps(torch.autograd.Function):
     """log softmax(h W^T) at the targets: logits[target] - logsumexp(logits), row by row."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, multiply: Multiply
+    ) -> Tensor:
         rows = max(1, MOST_LOGITS // len(weight))
         logps = hidden.new_empty(len(hidden), dtype=torch.float32)
         logsumexp, probabilities = torch.empty_like(logps), None
         for first in range(0, len(hidden), rows):
             own = slice(first, first + rows)
-            logits = _logits(hidden[own], weight)
+            logits = _logits(hidden[own], weight, multiply)
             logps[own] = logits.gather(1, targets[own, None])[:, 0]
             largest = logits.amax(dim=-1, keepdim=True)
             numerators = logits.sub_(largest).exp_()
@@ -38,48 +40,52 @@ class _TokenLogps(torch.autograd.Function):
             if len(hidden) <= rows:
                 probabilities = numerators.div_(total)
         ctx.save_for_backward(hidden, weight, targets, logsumexp, probabilities)
-        ctx.rows = rows
+        ctx.rows, ctx.multiply = rows, multiply
         return logps.sub_(logsumexp)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, targets, logsumexp, kept = ctx.saved_tensors
+        multiply = ctx.multiply
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = None
         for first in range(0, len(hidden), ctx.rows):
             own = slice(first, first + ctx.rows)
             probabilities = kept
             if probabilities is None:
-                probabilities = _logits(hidden[own], weight).sub_(logsumexp[own, None]).exp_()
+                probabilities = _logits(hidden[own], weight, multiply).sub_(logsumexp[own, None]).exp_()
             grad_logits = probabilities.mul_(-grad[own, None])
             grad_logits.scatter_add_(1, targets[own, None], grad[own, None])
             grad_logits = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
-                torch.mm(grad_logits, weight, out=grad_hidden[own])
+                grad_hidden[own] = multiply(grad_logits, weight.t())
             if ctx.needs_input_grad[1]:
                 if grad_weight is None:
-                    grad_weight = (grad_logits.t() @ hidden[own]).float()  # slices add up in fp32
+                    grad_weight = multiply(grad_logits.t(), hidden[own].t()).float()  # slices add up in fp32
                 elif hidden.dtype == torch.float32:
-                    grad_weight.addmm_(grad_logits.t(), hidden[own])
+                    add_product(grad_weight, grad_logits.t(), hidden[own].t(), multiply)
                 else:
                     grad_weight += grad_logits.t() @ hidden[own]
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, multiply: Multiply) -> Tensor:
     """h W^T [K, V] in fp32, of half-precision factors too.
 
     Logits rounded to bf16 put 0.16 nats (rms) into the sum of 100 log-probabilities.
     """
     if hidden.dtype == torch.float32:
-        return F.linear(hidden, weight)
+        return multiply(hidden, weight)
     if hidden.is_cuda:
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-    return F.linear(hidden.float(), weight.float())  # no other device has a product of that kind
+    return multiply(hidden.float(), weight.float())  # no other device has a product of that kind
 
 
-def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Log-probabilities (nats, fp32) [K] of `targets` [K] from hidden states [K, D] and a head's weight [V, D]."""
+def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, library: str = TORCH) -> Tensor:
+    """Log-probabilities (nats, fp32) [K] of `targets` [K] from hidden states [K, D] and a head's weight [V, D].
+
+    `library` makes the products that are fp32 on a CPU.
+    """
     hidden, weight = autocast(hidden, weight)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _TokenLogps.apply(hidden, weight, targets)
+        return _TokenLogps.apply(hidden, weight, targets, multiply_of(library, hidden, weight))

@@ -1,7 +1,8 @@
 """RMSNorm, SwiGLU and RoPE as single autograd nodes.
 
 Left to autograd an RMSNorm is five operations forward and a dozen backward, each of which reads and writes the whole
-hidden state, and a third of what a step keeps for its backward pass is their intermediate results.
+hidden state, and a third of what a step keeps for its backward pass is their intermediate results. Inside they compute
+in fp32, SwiGLU in its inputs' type.
 """
 
 from __future__ import annotations
@@ -20,20 +21,24 @@ class _RmsNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+    ) -> Tensor:
+        states = x.float()
+        norm = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
         inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight)
+        return (states * inverse).mul_(weight).to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, inverse = ctx.saved_tensors
-        product = grad * x
+        grad, states = grad.float(), x.float()
+        product = grad * states
         projection = (product @ weight).div_(x.shape[-1]).unsqueeze(-1).mul_(inverse).mul_(inverse)
-        grad_x = (grad * weight).addcmul_(x, projection, value=-1).mul_(inverse)
+        grad_x = (grad * weight).addcmul_(states, projection, value=-1).mul_(inverse)
         grad_weight = inverse.flatten() @ product.flatten(0, -2) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight, None
+        return grad_x.to(x.dtype), grad_weight, None, None
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -62,24 +67,26 @@ class _Rope(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(cos, sin)
         half = x.shape[-1] // 2
-        rotated = x * cos
-        rotated[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-        rotated[..., half:].addcmul_(x[..., :half], sin[..., half:])
-        return rotated
+        states = x.float()
+        rotated = states * cos
+        rotated[..., :half].addcmul_(states[..., half:], sin[..., :half], value=-1)
+        rotated[..., half:].addcmul_(states[..., :half], sin[..., half:])
+        return rotated.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         cos, sin = ctx.saved_tensors
         half = grad.shape[-1] // 2
-        grad_x = grad * cos
-        grad_x[..., :half].addcmul_(grad[..., half:], sin[..., half:])
-        grad_x[..., half:].addcmul_(grad[..., :half], sin[..., :half], value=-1)
-        return grad_x, None, None
+        states = grad.float()
+        grad_x = states * cos
+        grad_x[..., :half].addcmul_(states[..., half:], sin[..., half:])
+        grad_x[..., half:].addcmul_(states[..., :half], sin[..., :half], value=-1)
+        return grad_x.to(grad.dtype), None, None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) of [..., D] and [D], all fp32."""
-    return _RmsNorm.apply(x, weight, eps)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps) of [..., D] and fp32 [D], rounded to `dtype`."""
+    return _RmsNorm.apply(x, weight, eps, dtype)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -88,5 +95,5 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [..., D] with its two halves rotated into each other; cos and sin [..., D] broadcast to it."""
+    """x [..., D] with its two halves rotated into each other, in its type; fp32 cos and sin broadcast to it."""
     return _Rope.apply(x, cos, sin)

@@ -1,36 +1,30 @@
 """The one door to the modules of a model: what stands in for their forward passes while a batch is scored.
 
-A norm, a feed-forward block or a rotary embedding gets its node (`models/fast/nodes.py`) where its own forward pass has
-the source of Llama's, which transformers copies from model to model. Everything is an attribute of the model's own
+What gets an autograd node is told by `models/fast/fusing.py`. Everything is an attribute of the model's own
 instances, for the time of one batch: classes, Python modules and other models are never touched, and afterwards the
 model is as it was.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from types import FunctionType, MappingProxyType, MethodType
+from types import MappingProxyType
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
-from transformers.models.llama import modeling_llama
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from minimind_dpo.models.fast.attention import pair_attention
+from minimind_dpo.models.fast.fusing import fused_forwards
 from minimind_dpo.models.fast.half import shadowed
 from minimind_dpo.models.fast.head import token_logps
-from minimind_dpo.models.fast.nodes import rms_norm, rope, swiglu
+from minimind_dpo.models.fast.products import TORCH, linear, linear_forwards
 
 PAIR_ATTENTION = "minimind_dpo_pairs"
 AttentionInterface.register(PAIR_ATTENTION, pair_attention)  # one more choice; a model has to name it to get it
 
-_ROTARY = "apply_rotary_pos_emb"  # what transformers' attention modules call the function
 _ABSENT = object()
 
 Change = tuple[Any, str, Any]  # an object, the name of an attribute, and what it is to be
@@ -43,6 +37,7 @@ class Patch:
 
     Args:
         model: the language model; its modules may later be wrapped by an engine or by accelerate's hooks.
+        library: for fp32 products on the CPU (`models/fast/products.py`).
 
     Attributes:
         decoder: the model without its head.
@@ -51,9 +46,9 @@ class Patch:
             weight, on all ranks together. None where it is no plain linear layer.
     """
 
-    def __init__(self, model: PreTrainedModel):
-        self._model = model
-        self._fused = dict(_fused_forwards(model))
+    def __init__(self, model: PreTrainedModel, library: str = TORCH):
+        self._model, self._library = model, library
+        self._fused = dict([*fused_forwards(model), *linear_forwards(model, library)])
         configs = {id(config): config for module in model.modules() if (config := _config(module)) is not None}
         self._configs = list(configs.values())
         self._checkpointed = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
@@ -89,7 +84,7 @@ class Patch:
         if wanted is not None and self._last_layer is not None:
             changes += self._restricted(self._last_layer, wanted)
         if self.head is not None:
-            changes.append((self.head, _forward_name(self.head), MethodType(_head, self.head)))
+            changes.append((self.head, _forward_name(self.head), partial(_head, self.head, self._library)))
         return _changed([*changes, *self._checkpointing(changes)])
 
     def _restricted(self, layer: nn.Module, wanted: Tensor) -> Iterator[Change]:
@@ -113,11 +108,6 @@ class Patch:
         for module in self._checkpointed:
             if (checkpoint := vars(module).get("_gradient_checkpointing_func")) is not None:
                 yield module, "_gradient_checkpointing_func", partial(_checkpoint, checkpoint, changes)
-
-
-def can_fuse(model: PreTrainedModel) -> bool:
-    """Whether a `Patch` would find norms to replace; changes nothing."""
-    return any(_same_source(kind.forward, LlamaRMSNorm.forward) for kind in {type(m) for m in model.modules()})
 
 
 @contextmanager
@@ -169,73 +159,6 @@ def _config(module: nn.Module) -> PreTrainedConfig | None:
     return config if isinstance(config, PreTrainedConfig) else None
 
 
-def _fused_forwards(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
-    """Modules that compute what a node computes, each with the forward pass that uses it."""
-    kinds = {type(module) for module in model.modules()}
-    norms, mlps = (
-        {kind for kind in kinds if _same_source(kind.forward, llama.forward)} for llama in (LlamaRMSNorm, LlamaMLP)
-    )
-    rotating = {kind: forward for kind in kinds if (forward := _with_fused_rotary(kind.forward)) is not None}
-    for module in model.modules():
-        if type(module) in norms:
-            yield module, MethodType(_rms_norm, module)
-        elif type(module) in mlps and _is_silu(module.act_fn):
-            yield module, MethodType(_swiglu_mlp, module)
-        elif type(module) in rotating:
-            yield module, MethodType(rotating[type(module)], module)
-
-
-def _with_fused_rotary(forward: Any) -> FunctionType | None:
-    """A copy of an attention module's forward function that sees the node where it calls for the rotary embedding.
-
-    None where it calls for none, or for another than Llama's.
-    """
-    if (
-        not isinstance(forward, FunctionType)
-        or hasattr(forward, "__wrapped__")
-        or _ROTARY not in forward.__code__.co_names
-    ):
-        return None
-    names = forward.__globals__
-    llama = vars(modeling_llama)
-    if not all(name in names and _same_source(names[name], llama[name]) for name in (_ROTARY, "rotate_half")):
-        return None
-    fused = FunctionType(
-        forward.__code__, names | {_ROTARY: _rotary}, forward.__name__, forward.__defaults__, forward.__closure__
-    )
-    fused.__kwdefaults__ = forward.__kwdefaults__
-    return fused
-
-
-def _same_source(function: Any, llama: Any) -> bool:
-    """Whether two functions are the same text, as far as transformers copies them from model to model."""
-    if not isinstance(function, FunctionType) or not function.__module__.startswith("transformers."):
-        return False
-    return inspect.getsource(function) == inspect.getsource(llama)
-
-
-def _is_silu(activation: Any) -> bool:
-    return isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
-
-
-def _rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
-    if hidden_states.dtype != torch.float32 or self.weight.dtype != torch.float32:
-        return type(self).forward(self, hidden_states)  # which decides where to round
-    return rms_norm(hidden_states, self.weight, self.variance_epsilon)
-
-
-def _swiglu_mlp(self: Any, x: Tensor) -> Tensor:
-    return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
-
-
-def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    if not q.dtype == k.dtype == cos.dtype == torch.float32:
-        # which decides where to round
-        return modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
-    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    return rope(q, cos, sin), rope(k, cos, sin)
-
-
 def _on_rows(positions: Tensor, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`forward` of the rows of x [..., D] at `positions` [S], 0 elsewhere."""
     rows = forward(x.flatten(0, -2)[positions][None])[0]
@@ -244,7 +167,7 @@ def _on_rows(positions: Tensor, forward: Callable[[Tensor], Tensor], x: Tensor) 
     return output.index_put((positions,), rows).view(*x.shape[:-1], -1)
 
 
-def _head(self: Any, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+def _head(self: Any, library: str, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
     if targets is None:
-        return F.linear(hidden, self.weight)
-    return token_logps(hidden, self.weight, targets)
+        return linear(hidden, self.weight, None, library)
+    return token_logps(hidden, self.weight, targets, library)
