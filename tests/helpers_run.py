@@ -16,8 +16,12 @@ from helpers_data import tiny_tokenizer
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from minimind_dpo.config import load_config
+from minimind_dpo.config import TrainConfig, load_config
+from minimind_dpo.engine.launcher import start_engine
 from minimind_dpo.train import run
+from minimind_dpo.training.run import Run
+from minimind_dpo.training.setup import build_run
+from minimind_dpo.training.signals import StopRequest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WORDS = "red blue green seven nine river stone cloud quiet happy open window garden paper letter music".split()
@@ -162,3 +166,18 @@ def lines(output_dir: Path) -> list[dict[str, Any]]:
 def train_lines(output_dir: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl that log a training step."""
     return [line for line in lines(output_dir) if "loss" in line]
+
+
+def built(config: TrainConfig) -> Run:
+    """A run before its first step."""
+    return build_run(config, start_engine(config), None, StopRequest())
+
+
+def held_bytes(model: torch.nn.Module) -> int:
+    """Bytes behind the frozen weights of a model, a tied one once."""
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if "lora_" not in name
+    }
+    return sum(storages.values())

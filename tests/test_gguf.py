@@ -7,11 +7,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from helpers_data import write_jsonl
+from helpers_run import built, held_bytes
+from test_real_model import HELD_OUT, PAIRS, _rows
 
 from minimind_dpo.cli import main as cli
-from minimind_dpo.config import TrainConfig
+from minimind_dpo.config import TrainConfig, make_config
 from minimind_dpo.data.chat import load_tokenizer
 from minimind_dpo.errors import UserError
+from minimind_dpo.train import run
 from minimind_dpo.training.setup import tokenizer_path
 
 ROW = {"prompt": "Which animal barks?", "chosen": "Dogs bark.", "rejected": "Who can say."}
@@ -53,3 +57,42 @@ def test_a_damaged_one_is_the_users_mistake(tmp_path: Path) -> None:
     (tmp_path / "cut.gguf").write_bytes(b"GGUF" + bytes(20))
     with pytest.raises(UserError, match="cut.gguf: no tokenizer can be loaded from it"):
         load_tokenizer(tmp_path / "cut.gguf")
+
+
+@pytest.mark.real_model
+def test_lora_of_a_real_model_beside_smaller_bases(
+    smollm2: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Eight steps beside fp32, bf16 and 4-bit bases: bytes of the frozen weights, and held-out losses not worse."""
+    if "real_model" not in request.config.option.markexpr:
+        pytest.skip("opt-in: takes minutes; run with -m real_model")
+    data = {
+        "train_data": str(write_jsonl(tmp_path / "train.jsonl", _rows(PAIRS))),
+        "eval_data": str(write_jsonl(tmp_path / "held_out.jsonl", _rows(HELD_OUT))),
+    }
+    options = {"learning_rate": 1e-3, "lr_scheduler_type": "linear", "loss_type": "sigmoid", "beta": 0.01}
+    bases = {
+        "fp32": {},
+        "bf16": {"dtype": "bfloat16"},
+        "nf4": {"dtype": "bfloat16", "quantization": "nf4"} if find_spec("bitsandbytes") else None,
+    }
+    held, losses = {}, {}
+    for name, base in bases.items():
+        if base is not None:
+            own = {
+                "model_name_or_path": str(smollm2),
+                "output_dir": str(tmp_path / name),
+                "lora_r": 8,
+                "max_length": 256,
+            }
+            config = make_config(own | data | options | base | {"num_train_epochs": 2, "save_steps": 0})
+            held[name] = held_bytes(built(config).policy)
+            assert run(config) == 0
+            losses[name] = json.loads((tmp_path / name / "summary.json").read_text())["eval_after"]["eval_loss"]
+    print(held, losses)
+    assert held["bf16"] <= 0.55 * held["fp32"]
+    assert losses["fp32"] < 0.6  # measured: 0.527, 0.532 beside bf16, 0.481 beside nf4
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+    if "nf4" in held:
+        assert held["nf4"] <= 0.3 * held["fp32"]
+        assert losses["nf4"] <= 1.02 * losses["fp32"]

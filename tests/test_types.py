@@ -11,21 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_run import Inputs, make_inputs, run_command, same_bits, train_here, train_lines
+from helpers_run import Inputs, built, held_bytes, make_inputs, run_command, same_bits, train_here, train_lines
 from safetensors.torch import load_file
 
 from minimind_dpo.cli import main as cli
-from minimind_dpo.config import TrainConfig, load_config, make_config, save_config
+from minimind_dpo.config import load_config, make_config, save_config
 from minimind_dpo.data.cache import cache_root
 from minimind_dpo.demo.run import demo_config
-from minimind_dpo.engine.launcher import start_engine
 from minimind_dpo.errors import UserError
 from minimind_dpo.models.loading import load_model
 from minimind_dpo.models.quantization import dequantize, quantize
 from minimind_dpo.precompute import run as precompute
-from minimind_dpo.training.run import Run
-from minimind_dpo.training.setup import build_run
-from minimind_dpo.training.signals import StopRequest
 
 BNB = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra 'quant' (bitsandbytes)")
 REQUIRED = {"model_name_or_path": "m", "train_data": "d"}
@@ -38,21 +34,6 @@ def demo_flags(directory: Path, **options: Any) -> list[str]:
     save_config(demo_config(directory / "run"), directory / "demo.yaml")
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     return ["--config", str(directory / "demo.yaml"), *words]
-
-
-def built(config: TrainConfig) -> Run:
-    """A run before its first step."""
-    return build_run(config, start_engine(config), None, StopRequest())
-
-
-def held_bytes(model: torch.nn.Module) -> int:
-    """Bytes behind the frozen weights of a model, a tied one once."""
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if "lora_" not in name
-    }
-    return sum(storages.values())
 
 
 @pytest.mark.parametrize(
