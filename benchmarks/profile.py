@@ -2,11 +2,12 @@
 
     python benchmarks/profile.py [--mix chat|long_prompt|long_answer] [--batch 8] [--micro_batch 8]
                                  [--reference cache|live] [--steps 8] [--model DIR]
+                                 [--matmul auto|torch|onednn]
 
 The product's own loop on the pairs and the 26M model of throughput.py; functions of it are timed from outside, each
 without what it calls. On a GPU the device is waited for at every mark, which makes the step itself slower. Medians over
 steps, the first left out. GFLOP/s are 6 x parameters x real tokens over a step's seconds without the reference's; the
-peak they are a share of is that of torch.mm in fp32, the best size's median, measured after every step.
+peak they are a share of is that of the run's library for fp32, the best size's median, measured after every step.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import torch
 from benchmarks.throughput import matrix_peak
 from benchmarks.workloads import MAX_LENGTH, MIXES, minimind_shape, mix_lengths, save_model, word_tokenizer, write_pairs
 from minimind_dpo.config import make_config
+from minimind_dpo.config.settings import MATMULS
 from minimind_dpo.engine.launcher import start_engine
 from minimind_dpo.engine.protocol import unwrap
 from minimind_dpo.models.fast import patch
@@ -61,7 +63,8 @@ PHASES = (
 class Stopwatch:
     """Exclusive wall time of named phases, a step at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, library: str) -> None:
+        self.library = library
         self.steps: list[dict[str, float]] = []
         self.peaks: list[dict[int, float]] = []  # GFLOP/s of matrix products by size, after each step
         self._inner = [0.0]  # seconds spent in phases within the running one, for each that is open
@@ -86,7 +89,7 @@ class Stopwatch:
         """Begin the next step's account."""
         self.steps.append(dict(self._step))
         self._step.clear()
-        self.peaks.append(matrix_peak())
+        self.peaks.append(matrix_peak(self.library))
 
 
 def _now() -> float:
@@ -129,6 +132,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="pairs an optimizer step")
     parser.add_argument("--micro_batch", type=int, help="pairs a forward pass (default: the batch)")
     parser.add_argument("--reference", choices=("cache", "live"), default="cache")
+    parser.add_argument("--matmul", choices=MATMULS, default="auto", help="library for products in fp32")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--model", help="directory of a causal language model (default: MiniMind's 26M, random)")
     args = parser.parse_args()
@@ -150,13 +154,14 @@ def main() -> None:
                 "per_device_train_batch_size": micro_batch,
                 "gradient_accumulation_steps": args.batch // micro_batch,
                 "reference": args.reference,
+                "matmul": args.matmul,
                 "shuffle": False,
                 "save_steps": 0,
             }
         )
         with StopRequest() as stop:
             run = build_run(config, start_engine(config), None, stop)
-            clock = Stopwatch()
+            clock = Stopwatch(run.state.identity["matmul"])
             watch(run, clock)
             loop.train(run, RunLog(None))
     _print(clock, run, args.batch)
@@ -186,7 +191,7 @@ def _print(clock: Stopwatch, run: Run, batch: int) -> None:
     peak = max(statistics.median(rates[size] for rates in clock.peaks) for size in clock.peaks[0])
     print(
         f"{batch} pairs of {tokens.mean() / batch:.0f} tokens a step, {parameters / 1e6:.1f}M parameters: "
-        f"{total / batch:.3f} s a pair, {rate:.0f} GFLOP/s (policy), {rate / peak:.0%} of torch.mm's {peak:.0f}"
+        f"{total / batch:.3f} s a pair, {rate:.0f} GFLOP/s (policy), {rate / peak:.0%} of {clock.library}'s {peak:.0f}"
     )
 
 

@@ -52,6 +52,7 @@ from benchmarks.workloads import (
     word_tokenizer,
     write_pairs,
 )
+from minimind_dpo.models.fast.products import product
 
 CONTESTANTS = (
     "ours_cached",
@@ -70,15 +71,16 @@ MATRIX_SIZES = (1024, 2048, 3072)
 LOSS_TOLERANCE = 1e-5  # relative
 
 
-def matrix_peak() -> dict[int, float]:
-    """GFLOP/s of square fp32 matrix products now, by size."""
+def matrix_peak(library: str = "torch") -> dict[int, float]:
+    """GFLOP/s of square fp32 matrix products of a library now, by size."""
+    multiply = product if library == "onednn" else torch.mm
     rates = {}
     for size in MATRIX_SIZES:
         left, right = torch.randn(size, size), torch.randn(size, size)
         seconds = []
         for _ in range(5):
             began = time.perf_counter()
-            torch.mm(left, right)
+            multiply(left, right)
             seconds.append(time.perf_counter() - began)
         rates[size] = 2 * size**3 / statistics.median(seconds) / 1e9
     return rates

@@ -330,7 +330,7 @@ def test_units_for_bf16(monkeypatch: pytest.MonkeyPatch, flags: set[str] | None,
     assert cpu.has_bf16_units.__wrapped__() is answer
 
 
-@pytest.mark.parametrize(("units", "lead", "says"), [(True, 2.9, True), (True, 1.9, False), (False, 2.9, False)])
+@pytest.mark.parametrize(("units", "lead", "says"), [(True, 2.9, True), (True, 1.7, False), (False, 2.9, False)])
 def test_notice_of_faster_half_precision(monkeypatch: pytest.MonkeyPatch, units: bool, lead: float, says: bool) -> None:
     monkeypatch.setattr(products, "has_bf16_units", lambda: units)
     notice = half_precision_notice("torch", lambda: lead)
