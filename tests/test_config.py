@@ -10,6 +10,7 @@ import pytest
 from minimind_dpo.config import TrainConfig, identity, load_config, make_config, save_config
 from minimind_dpo.engine import trackers
 from minimind_dpo.errors import UserError
+from minimind_dpo.training.settle import identity_before
 
 REQUIRED = ["--model_name_or_path", "m", "--train_data", "a.jsonl"]
 
@@ -109,7 +110,13 @@ def test_defaults_keep_their_own_bounds() -> None:
 def test_identity_is_what_checkpoints_hold() -> None:
     """The keys and values that former versions wrote: their checkpoints must resume."""
     config = make_config({"model_name_or_path": "m", "train_data": "a", "lora_r": 4, "lora_target_modules": "q_proj"})
-    assert identity(config) == {
+    now = identity(config)
+    decided_later = {name: now.pop(name) for name in ("matmul", "weight_rounding")}
+    assert decided_later == {"matmul": "auto", "weight_rounding": "auto"}
+    assert (
+        identity_before() | {"matmul": "torch", "weight_rounding": "nearest", "dtype": "float32"} == identity_before()
+    )
+    assert now == {
         "loss_type": "sigmoid_norm",
         "beta": 0.1,
         "label_smoothing": 0.0,

@@ -138,12 +138,12 @@ def test_head_keeps_no_more_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> Non
     assert kept == {100: 200 + 100 * 50, 101: 202, 1000: 2000}  # targets, logsumexp; probabilities of one chunk
 
 
-def test_head_in_autocast_computes_in_its_type() -> None:
+def test_head_in_autocast_rounds_its_factors_and_not_their_product() -> None:
     hidden, weight = _leaves((11, 8), (50, 8))
     targets = torch.arange(11)
     with torch.autocast("cpu", torch.bfloat16):
         ours = token_logps(hidden, weight, targets)
-        theirs = F.linear(hidden, weight).float().log_softmax(dim=-1)[range(11), targets]
+    theirs = F.linear(hidden.bfloat16().float(), weight.bfloat16().float()).log_softmax(dim=-1)[range(11), targets]
     assert ours.dtype == torch.float32 and torch.allclose(ours, theirs, atol=1e-5)
     for left, right in zip(_gradients(ours, [hidden, weight]), _gradients(theirs, [hidden, weight]), strict=True):
         assert left.dtype == torch.float32 and (left - right).norm() <= 0.02 * right.norm()

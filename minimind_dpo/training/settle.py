@@ -10,7 +10,7 @@ from typing import Any
 from minimind_dpo.checkpoints.state import read_state
 from minimind_dpo.config import TrainConfig, identity
 from minimind_dpo.engine.protocol import Engine
-from minimind_dpo.models.fast.products import TORCH, agree_on_library
+from minimind_dpo.models.fast.products import TORCH, agree_on_library, half_precision_notice
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,9 @@ def settle(config: TrainConfig, engine: Engine, checkpoint: Path | None = None) 
     kept = {} if checkpoint is None else identity_before() | read_state(checkpoint).identity
     library, reason = agree_on_library(config.matmul, engine, kept.get("matmul"))
     logger.info("matmul: %s (%s)", library, reason)
+    if checkpoint is None and engine.is_main and engine.device.type == "cpu" and engine.precision == "no":
+        if notice := half_precision_notice(library):
+            logger.info(notice)
     rounding = config.weight_rounding
     if rounding == _AUTO:
         rounding = kept.get("weight_rounding", "dithered" if engine.precision == "bf16" else "nearest")

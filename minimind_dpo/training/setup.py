@@ -24,7 +24,6 @@ from minimind_dpo.engine.ranks import decide, main_first
 from minimind_dpo.errors import UserError
 from minimind_dpo.files import is_raw_weights
 from minimind_dpo.models.adapters import add_adapters
-from minimind_dpo.models.fast.products import half_precision_notice
 from minimind_dpo.models.loading import locate_model
 from minimind_dpo.objective.layout import choose_layout
 from minimind_dpo.objective.losses import LossSettings
@@ -64,9 +63,6 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
     prepared, optimizer = engine.prepare(scorer, optimizer, config.weight_rounding)
     layout = choose_layout(unwrap(prepared), config.attn_implementation, engine.device, engine.autocast, decide)
     reference = make_reference(config, engine, loaded, unwrap(prepared), layout, data.needed(), stop.__bool__)
-    if checkpoint is None and engine.is_main and engine.device.type == "cpu" and engine.precision == "no":
-        if notice := half_precision_notice(config.matmul):
-            logger.info(notice)
     if checkpoint is not None:  # last: up to here the policy is its own start, which a cache may be made of
         load_checkpoint(checkpoint, engine)
         logger.info("resuming after step %d from %s", state.step, checkpoint)
