@@ -37,7 +37,9 @@ SMALL = ModelShape(
     normed_heads=False,
     fused=True,
     vocab=50,
+    products=(3000, 500),
 )
+TIED = replace(SMALL, parameters=(3000, 500, 500 // 2, 500 // 2))
 LORA = replace(SMALL, adapters=(40, 60, 40, 60), lora_r=2, linear=(3000,))
 BIG = replace(SMALL, parameters=(8192, 1000), factors=(64 + 128, 1000))
 NF4 = 0.5 + 1 / 64 + 4 / 64 / 256  # bytes of an index, of a scale for 64, of a scale for 256 of those
@@ -132,9 +134,16 @@ TERMS = [
     ),
     (activations.kept_activations, SMALL, FP32, 14 * 744 + 14 * 384 + 12 * 360 + (4 * 14 + 4 * 4 * 12) * 10),
     (activations.working_activations, SMALL, GPU, 2 * 2 * 14 * 30),
-    (activations.rounded_weights, SMALL, GPU, 2 * 4000),
-    (activations.rounded_weights, LORA, GPU, 2 * 200),
-    (activations.rounded_weights, SMALL, FP32, 0),
+    (states.half_weights, SMALL, GPU, 2 * 3500),
+    (states.half_weights, LORA, GPU, 2 * 200),
+    (states.half_weights, LORA, replace(GPU, dtype="float32"), 2 * 3700),
+    (states.half_weights, SMALL, FP32, 0),
+    (states.half_weights, SMALL, planned(2, bf16=True), 0),
+    (states.rounded_masters, SMALL, planned(2, world=2, bf16=True), 4 * 4000 / 2),
+    (states.rounded_masters, SMALL, planned(2, world=2), 0),
+    (states.rounded_masters, SMALL, GPU, 0),
+    (states.reference_blocks, TIED, GPU, 2 * 3500 + 4 * 500 + 4 * 500),
+    (states.reference_blocks, replace(TIED, parameters=(3000, 500, 500, 20)), GPU, 2 * 3500 + 4 * 520),
     (activations.dequantized_weight, LORA, replace(GPU, quantization="nf4"), 2 * 3000),
     (activations.dequantized_weight, LORA, GPU, 0),
     # of each pair one block of 5 queries that see 5 keys, and one of 2 that see the 3 shared ones and these 2
@@ -142,6 +151,7 @@ TERMS = [
     (activations.kept_softmax, SMALL, GPU, 0),
     (activations.head_logits, SMALL, FP32, 4 * 12 * 50),
     (activations.head_logits, SMALL, GPU, (4 + 2) * 12 * 50),
+    (activations.head_logits, SMALL, replace(GPU, cpu=True), (4 + 2) * 12 * 50 + 4 * 50 * 10),
 ]
 
 

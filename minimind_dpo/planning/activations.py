@@ -128,14 +128,6 @@ def working_activations(shape: ModelShape, run: RunShape) -> list[Allocation]:
     return [allocate("activations", [run.output_bytes * run.tokens * shape.intermediate], times=2)]
 
 
-def rounded_weights(shape: ModelShape, run: RunShape) -> list[Allocation]:
-    """The bf16 copies of fp32 weights that autocast keeps for a step: 2 P, 2 T beside a bf16 base."""
-    if not run.autocast:
-        return []
-    fp32 = shape.adapters if shape.adapters and run.frozen_bytes == 2 else shape.parameters
-    return [allocate("activations", (2 * size for size in fp32))]
-
-
 def dequantized_weight(shape: ModelShape, run: RunShape) -> list[Allocation]:
     """The 4-bit layer that a product is made with: b x largest."""
     if run.quantization == "none" or not shape.linear:
@@ -161,9 +153,12 @@ def kept_softmax(shape: ModelShape, run: RunShape) -> list[Allocation]:
 def head_logits(shape: ModelShape, run: RunShape) -> list[Allocation]:
     """The output layer's logits in fp32, which become their softmax and its gradient, and a bf16 copy under bf16.
 
-    4 x min(scored x vocabulary, 2^25), and 2 x the same under bf16
+    4 x min(scored x vocabulary, 2^25), and 2 x the same under bf16; there a CPU also multiplies a copy of the weight in
+    fp32, 4 x vocabulary x h
 
     Source: `models/fast/head.py`, which makes no more of them at a time.
     """
     elements = min(run.scored * shape.vocab, MOST_LOGITS)
-    return [allocate("logits head", [4 * elements, *([2 * elements] if run.bf16 else [])])]
+    copies = [2 * elements] if run.bf16 else []
+    copies += [4 * shape.vocab * shape.hidden] if run.bf16 and run.cpu else []
+    return [allocate("logits head", [4 * elements, *copies])]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from minimind_dpo.planning.activations import kept_activations, rounded_weights, working_activations
+from minimind_dpo.planning.activations import kept_activations, working_activations
 from minimind_dpo.planning.allocation import allocate
 from minimind_dpo.planning.run_shape import RunShape
 from minimind_dpo.planning.shape import ModelShape
@@ -33,7 +33,7 @@ def activation_holes(shape: ModelShape, run: RunShape) -> float:
     what it frees before the next one is made.
     """
     made = replace(run, checkpointing=False)
-    activations = kept_activations(shape, made) + working_activations(shape, made) + rounded_weights(shape, made)
+    activations = kept_activations(shape, made) + working_activations(shape, made)
     if shape.adapters:
         return MEASURED_LORA_HOLES * sum(item.bytes for item in activations)
     return MEASURED_HOLES * sum(item.heap for item in activations)

@@ -8,7 +8,6 @@ from minimind_dpo.planning.activations import (
     head_logits,
     kept_activations,
     kept_softmax,
-    rounded_weights,
     working_activations,
 )
 from minimind_dpo.planning.allocation import Allocation, allocate
@@ -21,12 +20,14 @@ from minimind_dpo.planning.states import (
     gathered_weights,
     gradient_norm,
     gradient_partition,
+    half_weights,
     offload_buffers,
     optimizer_states,
     overlapped_buckets,
     reduce_buckets,
     reference_blocks,
     reference_weights,
+    rounded_masters,
     weights,
     whole_gradients,
 )
@@ -40,7 +41,7 @@ def phases(shape: ModelShape, run: RunShape) -> dict[str, list[Allocation]]:
     gathered = gathered_weights(shape, run)
     exchange = gradient_exchange(shape, run)
     saved = kept_activations(shape, run) + kept_softmax(shape, run)
-    working = working_activations(shape, run) + rounded_weights(shape, run) + dequantized_weight(shape, run)
+    working = working_activations(shape, run) + dequantized_weight(shape, run)
     logits = head_logits(shape, run)
     # DeepSpeed makes its buckets at the first gradient; on the CPU they become memory as they are written to
     buckets = [] if run.cpu else [item for item in exchange if item.purpose == "communication"]
@@ -58,6 +59,7 @@ def phases(shape: ModelShape, run: RunShape) -> dict[str, list[Allocation]]:
 def standing_states(shape: ModelShape, run: RunShape) -> list[Allocation]:
     """What exists as long as the engine: model states, and the buffers that it makes once."""
     states = weights(shape, run) + optimizer_states(shape, run) + ddp_buckets(shape, run) + offload_buffers(shape, run)
+    states += half_weights(shape, run)
     if run.stage == 3:
         states += gradient_partition(shape, run) + reduce_buckets(shape, run, 1)
     return states + (fp32_gradients(shape, run) if run.offloads else [])
@@ -75,7 +77,9 @@ def optimizer_step(shape: ModelShape, run: RunShape) -> list[Allocation]:
     """Gradients and buckets while the optimizer steps."""
     if run.stage == 0:
         return whole_gradients(shape, run)
-    step = gradient_norm(shape, run) + ([] if run.offloads else fp32_gradients(shape, run))
+    step = (
+        gradient_norm(shape, run) + rounded_masters(shape, run) + ([] if run.offloads else fp32_gradients(shape, run))
+    )
     if run.stage < 3:
         step += reduce_buckets(shape, run, overlapped_buckets(run)) + gradient_partition(shape, run)
     return step

@@ -15,6 +15,7 @@ from minimind_dpo.errors import UserError
 from minimind_dpo.files import is_raw_weights
 from minimind_dpo.models.adapters import add_adapters
 from minimind_dpo.models.fast.fusing import can_fuse
+from minimind_dpo.models.fast.half import product_weights
 from minimind_dpo.models.loading import locate_model
 from minimind_dpo.models.quantization import quantizable
 from minimind_dpo.models.raw import read_raw_weights
@@ -43,6 +44,7 @@ class ModelShape:
         stored: bytes of an element in the source: 4 fp32, 2 half precision.
         lora_r: rank of the LoRA matrices, 0 without.
         linear: elements of each weight that quantisation takes: of linear layers but the output layer.
+        products: elements of each weight that half-precision products have a copy of (`models/fast/half.py`).
         factors: elements that Adafactor keeps of each trained weight: rows and columns of a matrix.
     """
 
@@ -63,6 +65,7 @@ class ModelShape:
     stored: int = 4
     lora_r: int = 0
     linear: tuple[int, ...] = ()
+    products: tuple[int, ...] = ()
     factors: tuple[int, ...] = ()
 
     @property
@@ -125,6 +128,7 @@ def shape_of(model: PreTrainedModel, stored: int = 4, lora_r: int | None = None)
     model.tie_weights()
     linear = tuple(module.weight.numel() for module in quantizable(model).values())
     parameters = tuple(parameter.numel() for parameter in model.parameters())
+    products = tuple(parameter.numel() for parameter in product_weights(model).values())
     names = [name for name, _ in model.named_parameters()]
     adapters: tuple[int, ...] = ()
     if lora_r is not None:
@@ -155,6 +159,7 @@ def shape_of(model: PreTrainedModel, stored: int = 4, lora_r: int | None = None)
         stored=stored,
         lora_r=lora_r or 0,
         linear=linear,
+        products=products,
         factors=tuple(_factors(parameter) for parameter in model.parameters() if parameter.requires_grad),
     )
 

@@ -45,6 +45,24 @@ def base_blocks(shape: ModelShape, run: RunShape) -> list[float]:
     return [run.frozen_bytes * size for size in plain.elements()] + [BYTES * size for size in quantized.elements()]
 
 
+def half_weights(shape: ModelShape, run: RunShape) -> list[Allocation]:
+    """The bf16 copies of fp32 weights that products use, without DeepSpeed: 2 Q, 2 T beside a bf16 LoRA base.
+
+    Q is P without norms, and without embeddings that are not tied. Source: `engine/rounding.py`.
+    """
+    if not run.autocast:
+        return []
+    fp32 = shape.adapters if shape.adapters and run.frozen_bytes == 2 else (*shape.products, *shape.adapters)
+    return [allocate("weights", (2 * size for size in fp32))]
+
+
+def rounded_masters(shape: ModelShape, run: RunShape) -> list[Allocation]:
+    """What DeepSpeed's optimizer shows of its masters under bf16 until they are copied: 4 T / N."""
+    if not run.stage or not run.bf16:
+        return []
+    return [allocate("optimizer", [4 * sum(shape.trained) / run.world], on_host=run.optimizer_on_host)]
+
+
 def gathered_weights(shape: ModelShape, run: RunShape) -> list[Allocation]:
     """Weights that stage 3 has gathered when the forward pass turns into the backward pass.
 
@@ -182,9 +200,17 @@ def reference_weights(shape: ModelShape, run: RunShape) -> list[Allocation]:
 
 
 def reference_blocks(shape: ModelShape, run: RunShape) -> list[float]:
-    """The bytes of each weight of a reference, whole: e P, or without DeepSpeed 4 or 2 P by its own type."""
+    """The bytes of each weight of a reference, whole: e P, or without DeepSpeed 4 or 2 P by its own type.
+
+    By itself it has what the policy starts with: under autocast 2 Q and 4 for every other element, tied or not.
+    """
     if run.stage:
         return [run.weight_bytes * size for size in shape.parameters]
     if run.reference_bytes is not None:
         return [run.reference_bytes * size for size in shape.parameters]
-    return base_blocks(shape, run)
+    if not run.autocast or shape.adapters:
+        return base_blocks(shape, run)
+    others = list((Counter(shape.parameters) - Counter(shape.products)).elements())
+    embedding = shape.vocab * shape.hidden
+    tied = [] if embedding in others else [embedding]  # the head's has gone its own way
+    return [*(2 * size for size in shape.products), *(4 * size for size in (*others, *tied))]
