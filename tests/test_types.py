@@ -181,6 +181,23 @@ def test_a_checkpoint_beside_a_half_precision_base_exports_as_the_final_model(ti
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-7)
 
 
+def test_a_base_kept_in_bf16_computes_in_fp32(tmp_path: Path) -> None:
+    """With weights on bf16's grid, the same numbers as beside an fp32 base; no batch leaves anything wide behind."""
+    model = load_model(demo_config(tmp_path).model_name_or_path)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    model.save_pretrained(tmp_path / "model")
+    lines = {}
+    for dtype in ("float32", "bfloat16"):
+        options = LORA | {"model_name_or_path": tmp_path / "model", "dtype": dtype, "max_steps": 6}
+        assert train_here(demo_flags(tmp_path / dtype, **options)) == 0
+        lines[dtype] = train_lines(tmp_path / dtype / "run")
+    for wide, narrow in zip(lines["float32"], lines["bfloat16"], strict=True):
+        assert narrow["loss"] == pytest.approx(wide["loss"], rel=1e-4)
+        assert narrow["grad_norm"] == pytest.approx(wide["grad_norm"], rel=1e-2)
+    assert lines["bfloat16"][-1]["rewards/margins"] > 1e-3
+
+
 NF4 = {"lora_r": 4, "quantization": "nf4"}
 
 

@@ -72,7 +72,7 @@ def _four_bits(package: Any, linear: nn.Linear, dtype: torch.dtype) -> nn.Module
         layer = package.nn.Linear4bit(
             linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=dtype, quant_type="nf4"
         )
-    weight = package.nn.Params4bit(linear.weight.detach().to(dtype), quant_type="nf4", module=layer)
+    weight = package.nn.Params4bit(linear.weight.detach(), quant_type="nf4", module=layer)
     layer.weight, layer.bias = weight.to("cpu"), linear.bias  # quantises
     # Else a pass without gradients on such a CPU lays the weight out anew, in a form that no backward pass reads.
     layer.support_avx512bf16_for_cpu = False

@@ -77,7 +77,7 @@ class RunShape:
     @property
     def output_bytes(self) -> int:
         """Bytes of an element of what a linear layer puts out: c in the formulas."""
-        return 2 if self.bf16 else self.frozen_bytes
+        return 2 if self.bf16 else 4
 
     @property
     def frozen_bytes(self) -> int:

@@ -50,7 +50,7 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
     config = settle(config, engine, checkpoint)
     tokenizer = load_tokenizer(tokenizer_path(config), config.trust_remote_code)
     dtype = policy_dtype(config, engine, checkpoint)
-    policy = load_start(config, dtype)
+    policy = load_start(config, dtype, engine.precision)
     check_vocabulary(policy, tokenizer)
     data = load_data(config, engine, tokenizer)
     stop.listen()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from minimind_dpo.checkpoints.state import read_state
@@ -27,7 +28,7 @@ def load_configured(config: TrainConfig, path: str, dtype: str = "float32") -> P
     return load_model(path, **overrides)
 
 
-def load_start(config: TrainConfig, dtype: str) -> PreTrainedModel:
+def load_start(config: TrainConfig, dtype: str, precision: str) -> PreTrainedModel:
     """Load the policy's start, with frozen layers in 4 bits if `quantization` says so.
 
     Raises:
@@ -37,7 +38,8 @@ def load_start(config: TrainConfig, dtype: str) -> PreTrainedModel:
         return load_configured(config, config.model_name_or_path, dtype)
     bitsandbytes(f"quantization: {config.quantization}")  # before anything is loaded
     policy = load_configured(config, config.model_name_or_path, dtype)
-    quantize(policy, policy.dtype)
+    # products in fp32 unless the run's are not: their sum with LoRA's would round away its first updates
+    quantize(policy, torch.float32 if precision == "no" else policy.dtype)
     return policy
 
 
@@ -45,7 +47,7 @@ def load_reference_start(config: TrainConfig, engine: Engine) -> PreTrainedModel
     """Load a run's reference on its own: the model named, or the policy's start, in the type it is scored in."""
     own_type = config.ref_dtype != "auto"
     if config.ref_model_name_or_path is None and not own_type:
-        return load_start(config, policy_dtype(config, engine))
+        return load_start(config, policy_dtype(config, engine), engine.precision)
     path = config.ref_model_name_or_path or config.model_name_or_path
     return load_configured(config, path, config.ref_dtype if own_type else "float32")
 

@@ -13,12 +13,13 @@ from types import FunctionType, MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
-from minimind_dpo.models.fast.nodes import rms_norm, rope, swiglu
+from minimind_dpo.models.fast.nodes import rms_norm, rope, swiglu, wide_linear
 from minimind_dpo.models.fast.precision import product_type
 
 _ROTARY = "apply_rotary_pos_emb"  # what transformers' attention modules call the function
@@ -44,6 +45,31 @@ def fused_forwards(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., 
             yield module, MethodType(_swiglu_mlp, module)
         elif type(module) in rotating:
             yield module, MethodType(rotating[type(module)], module)
+
+
+def widened_forwards(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
+    """Embeddings and linear layers whose frozen weights are in half precision, with forward passes that stay in fp32.
+
+    A LoRA base is kept in half precision to save memory; computed with in it, the residual stream would round away what
+    LoRA's first updates add. Only for models that have no other kinds of layers but norms with Llama's source.
+    """
+    narrow = [module for module in model.modules() if any(_is_narrow(p) for p in module.parameters(recurse=False))]
+    if not all(_can_widen(module) for module in narrow):
+        return
+    for module in narrow:
+        if isinstance(module, nn.Embedding):
+            yield module, MethodType(_wide_embedding, module)
+        elif type(module) is nn.Linear:
+            yield module, MethodType(_wide_linear, module)
+
+
+def _is_narrow(parameter: nn.Parameter) -> bool:
+    return parameter.dtype in (torch.bfloat16, torch.float16) and not parameter.requires_grad
+
+
+def _can_widen(module: nn.Module) -> bool:
+    known = isinstance(module, nn.Embedding) or type(module) is nn.Linear
+    return known or _same_source(type(module).forward, LlamaRMSNorm.forward)
 
 
 def _norms_before_linear(model: nn.Module) -> Iterator[Any]:
@@ -101,6 +127,16 @@ def _rms_norm_before_linear(self: Any, hidden_states: Tensor) -> Tensor:
 
 def _swiglu_mlp(self: Any, x: Tensor) -> Tensor:
     return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+def _wide_embedding(self: Any, ids: Tensor) -> Tensor:
+    return type(self).forward(self, ids).float()
+
+
+def _wide_linear(self: Any, x: Tensor) -> Tensor:
+    if x.dtype == self.weight.dtype or torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, self.weight, self.bias)
+    return wide_linear(x, self.weight, self.bias)
 
 
 def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ class _TokenLogps(torch.autograd.Function):
             grad_logits.scatter_add_(1, targets[own, None], grad[own, None])
             grad_logits = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden[own] = multiply(grad_logits, weight.t())
+                grad_hidden[own] = multiply(grad_logits, weight.to(hidden.dtype).t())
             if ctx.needs_input_grad[1]:
                 if grad_weight is None:
                     grad_weight = multiply(grad_logits.t(), hidden[own].t()).float()  # slices add up in fp32
@@ -75,7 +75,7 @@ def _logits(hidden: Tensor, weight: Tensor, multiply: Multiply) -> Tensor:
     Logits rounded to bf16 put 0.16 nats (rms) into the sum of 100 log-probabilities.
     """
     if hidden.dtype == torch.float32:
-        return multiply(hidden, weight)
+        return multiply(hidden, weight.to(hidden.dtype))
     if hidden.is_cuda:
         return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
     return multiply(hidden.float(), weight.float())  # no other device has a product of that kind

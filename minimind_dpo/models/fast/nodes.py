@@ -57,6 +57,20 @@ class _SwiGlu(torch.autograd.Function):
         return grad_gate, F.silu(gate).mul_(grad)
 
 
+class _WideLinear(torch.autograd.Function):
+    """x W^T + b in the type of x, of a frozen W in a narrower one. Keeps W as it is, and no copy of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        return grad @ weight.to(grad.dtype), None, None
+
+
 class _Rope(torch.autograd.Function):
     """x * cos + rotate_half(x) * sin: rotary position embedding (Su et al. 2021, arXiv:2104.09864, eq. 34).
 
@@ -97,3 +111,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [..., D] with its two halves rotated into each other, in its type; fp32 cos and sin broadcast to it."""
     return _Rope.apply(x, cos, sin)
+
+
+def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b of [..., K], [N, K] and [N] in the type of x; W and b are frozen and in a narrower one."""
+    return _WideLinear.apply(x, weight, bias)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from minimind_dpo.models.fast.attention import pair_attention
-from minimind_dpo.models.fast.fusing import fused_forwards
+from minimind_dpo.models.fast.fusing import fused_forwards, widened_forwards
 from minimind_dpo.models.fast.half import shadowed
 from minimind_dpo.models.fast.head import token_logps
 from minimind_dpo.models.fast.products import TORCH, linear, linear_forwards
@@ -48,7 +48,7 @@ class Patch:
 
     def __init__(self, model: PreTrainedModel, library: str = TORCH):
         self._model, self._library = model, library
-        self._fused = dict([*fused_forwards(model), *linear_forwards(model, library)])
+        self._fused = dict([*fused_forwards(model), *linear_forwards(model, library), *widened_forwards(model)])
         configs = {id(config): config for module in model.modules() if (config := _config(module)) is not None}
         self._configs = list(configs.values())
         self._checkpointed = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
@@ -169,5 +169,5 @@ def _on_rows(positions: Tensor, forward: Callable[[Tensor], Tensor], x: Tensor) 
 
 def _head(self: Any, library: str, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
     if targets is None:
-        return linear(hidden, self.weight, None, library)
+        return linear(hidden, self.weight.to(hidden.dtype), None, library)
     return token_logps(hidden, self.weight, targets, library)
