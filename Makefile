@@ -18,7 +18,8 @@ demo: $(STAMP)
 	$(BIN)/minimind-dpo demo
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest  # the models are tiny: threads would only wait for each other
+	# the models are tiny: threads would only wait for each other; two tests side by side do not
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -40,9 +40,17 @@ def autocast(precision: str) -> Any:
 def test_every_reference_under_every_engine(tmp_path: Path, precision: str, engine: str) -> None:
     config = tmp_path / "demo.yaml"
     save_config(demo_config(tmp_path / "unused"), config)
+    few = {"train": 32, "heldout": 16}  # pairs; every mode and rank scores them several times
+    for name, count in few.items():
+        lines = (ASSETS / f"{name}.jsonl").read_text("utf-8").splitlines()[:count]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
     flags = [
         "--config",
         str(config),
+        "--train_data",
+        str(tmp_path / "train.jsonl"),
+        "--eval_data",
+        str(tmp_path / "heldout.jsonl"),
         "--max_steps",
         "2",
         "--lr_scheduler_type",

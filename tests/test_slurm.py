@@ -11,7 +11,10 @@ import pytest
 from helpers_run import REPOSITORY, Inputs, same_bits, train_lines
 from helpers_slurm import Cluster, wait_until, why_no_cluster, write_config
 
-pytestmark = pytest.mark.skipif(why_no_cluster() is not None, reason=str(why_no_cluster()))
+pytestmark = [
+    pytest.mark.skipif(why_no_cluster() is not None, reason=str(why_no_cluster())),
+    pytest.mark.xdist_group("slurm"),  # one cluster a machine
+]
 STEPS = 32
 ENGINES = ["ds_zero2_cpu", "ds_zero3_cpu"]
 
