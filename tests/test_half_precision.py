@@ -64,6 +64,8 @@ def test_every_reference_under_every_engine(tmp_path: Path, precision: str, engi
     at = words.index("minimind_dpo.train") - 1
     words[at : at + 2] = ["tests/programs/each_reference.py"]
     result = subprocess.run(words, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    if (precision, engine[:3]) == ("fp16", "ds_") and "DeepSpeed finds no fp16 arithmetic" in result.stderr:
+        pytest.skip("DeepSpeed has no fp16 on this processor")
     assert result.returncode == 0, result.stderr
     assert "cannot attend over packed pairs" not in result.stderr
     first = {mode: train_lines(tmp_path / mode)[0]["loss"] for mode in MODES}

@@ -14,6 +14,7 @@ from typing import Any
 import deepspeed
 import torch
 from accelerate import Accelerator
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.integrations import HfDeepSpeedConfig
@@ -52,6 +53,10 @@ class DeepSpeed(Launched):
         self.weights_dtype = HALF_TYPES.get(self.precision)
         self._rounded: RoundedParts | None = None
         self._steps = 0
+        if self.precision == "fp16" and not get_accelerator().is_fp16_supported():
+            raise UserError(
+                "--mixed_precision fp16: DeepSpeed finds no fp16 arithmetic in this device; use bf16, or no DeepSpeed"
+            )
         _check_settings(self._plugin.deepspeed_config, config)
         _check_weights(config, self.weights_dtype)
         offload = self._plugin.deepspeed_config["zero_optimization"].get("offload_optimizer") or {}
