@@ -239,7 +239,8 @@ def test_more_work_needs_more(cpu: bool) -> None:
 def test_parts_add_up_and_name_their_phase() -> None:
     device, host = predict(BILLION, planned(stage=2, world=2, offload="optimizer", bf16=True), 5e8, 1e8)
     assert device.total == sum(device.bytes_by_purpose.values()) and device.bytes_by_purpose["process"] == 1e8
-    assert device.phase != "loading" and host.bytes_by_purpose["optimizer"] == 6e9
+    assert device.phase != "loading"
+    assert host.bytes_by_purpose["optimizer"] == 6e9 + 2e9  # 12 bytes a weight, and 4 for rounded ones while it steps
 
 
 @pytest.fixture
