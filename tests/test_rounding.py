@@ -241,7 +241,7 @@ def test_dithering_learns_as_fp32_does_where_the_nearest_does_not(tmp_path: Path
     learned = {name: margins(tmp_path / name) for name in said}
     for name in ("dithered", "stochastic"):
         assert learned[name][0] == 0  # policy and reference are the same bits
-        assert sum(learned[name][20:]) == pytest.approx(sum(learned["fp32"][20:]), rel=0.1)
+        assert sum(learned[name][20:]) == pytest.approx(sum(learned["fp32"][20:]), rel=0.2)
         assert "hides what this run learns" not in said[name]
     assert sum(learned["nearest"][20:]) < 0.75 * sum(learned["fp32"][20:])
     assert "weight_rounding: nearest hides what this run learns: in 5 steps" in said["nearest"]
@@ -263,7 +263,7 @@ def test_every_engine_dithers_alike(tmp_path: Path, on_the_grid: Path, one_proce
     run(on_the_grid, tmp_path / "two", "bf16", engine, max_steps=12, learning_rate=5e-6, per_device_train_batch_size=8)
     two = margins(tmp_path / "two")
     assert one_process[0] == two[0] == 0
-    assert sum(two) == pytest.approx(sum(one_process), rel=0.1) and sum(one_process) > 0.25
+    assert sum(two) == pytest.approx(sum(one_process), rel=0.2) and sum(one_process) > 0.25
 
 
 @pytest.mark.parametrize(
