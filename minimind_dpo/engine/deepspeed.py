@@ -70,7 +70,7 @@ class DeepSpeed(Launched):
         }
         if self.precision == "bf16" and config.gradient_accumulation_steps > 1:
             # in bf16 the sum of micro-batches loses what is small beside it
-            self._plugin.deepspeed_config["data_types"] = {"grad_accum_dtype": "fp32"}
+            self._plugin.deepspeed_config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
 
     @staticmethod
     def before_start() -> None:

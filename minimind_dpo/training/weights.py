@@ -10,12 +10,11 @@ from transformers import PreTrainedModel
 
 from minimind_dpo.checkpoints.state import read_state
 from minimind_dpo.config import TrainConfig
+from minimind_dpo.engine.launched import HALF_TYPES
 from minimind_dpo.engine.optimizers import bitsandbytes
 from minimind_dpo.engine.protocol import Engine
 from minimind_dpo.models.loading import load_model
 from minimind_dpo.models.quantization import quantize
-
-_HALF = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 def load_configured(config: TrainConfig, path: str, dtype: str = "float32") -> PreTrainedModel:
@@ -64,4 +63,4 @@ def policy_dtype(config: TrainConfig, engine: Engine, checkpoint: Path | None = 
         return read_state(checkpoint).identity.get("dtype", "float32")
     if config.lora_r is None or engine.weights_dtype is not None:
         return "float32"
-    return _HALF.get(engine.precision, "float32")
+    return str(HALF_TYPES.get(engine.precision, torch.float32)).removeprefix("torch.")
