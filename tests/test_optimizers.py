@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers_run import Inputs, make_inputs, run_command, same_bits, train_here
+from helpers_run import Inputs, make_inputs, run_command, same_bits, train_here, train_on
 from safetensors import safe_open
 from torch import nn
 
@@ -169,11 +169,7 @@ def test_a_resumed_run_has_the_same_bits(tiny: Inputs, tmp_path: Path, optim: st
 
     def trained(name: str, **options: Any) -> Path:
         flags = tiny.flags(tmp_path / name, optim=optim, learning_rate=1e-3, **options)
-        if engine is None:
-            assert train_here(flags) == 0
-        else:
-            result = run_command(flags, engine)
-            assert result.returncode == 0, result.stderr
+        train_on(engine, flags)
         return tmp_path / name
 
     whole = trained("whole", save_steps=1)

@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_run import Inputs, built, held_bytes, make_inputs, run_command, same_bits, train_here, train_lines
+from helpers_run import (
+    Inputs,
+    built,
+    held_bytes,
+    make_inputs,
+    run_command,
+    same_bits,
+    train_here,
+    train_lines,
+    train_on,
+)
 from safetensors.torch import load_file
 
 from minimind_dpo.cli import main as cli
@@ -254,11 +264,7 @@ def test_a_run_beside_four_bits_resumes_merges_and_exports(tiny: Inputs, tmp_pat
 
     def trained(name: str, **options: Any) -> Path:
         flags = tiny.flags(tmp_path / name, **NF4, **options)
-        if engine is None:
-            assert train_here(flags) == 0
-        else:
-            result = run_command(flags, engine)
-            assert result.returncode == 0, result.stderr
+        train_on(engine, flags)
         return tmp_path / name
 
     whole = trained("whole", save_steps=1, save_total_limit=0)
