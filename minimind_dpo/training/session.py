@@ -45,6 +45,7 @@ class Session:
         if self.engine.is_main:
             logging.getLogger("minimind_dpo").setLevel(logging.INFO)
         logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of every tied weight at every checkpoint
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it where it is; it warns of a package
         disable_progress_bar()  # transformers' own, of shards read and written
         set_seed(config.seed, device_specific=True)
 
