@@ -44,6 +44,8 @@ class Inputs:
             "learning_rate": 1e-2,
             "loss_type": "sigmoid",
             "beta": 0.5,
+            "lr_scheduler_type": "minimind",
+            "completion_mask": "all_assistant",
             "logging_steps": 1,
             "save_steps": 0,
             "num_train_epochs": 1,

@@ -23,15 +23,74 @@ def test_command_line_wins_over_yaml(tmp_path: Path) -> None:
     assert (config.beta, config.shuffle, config.train_data) == (0.2, True, ["b", "c"])
 
 
-def test_defaults_are_minimind() -> None:
+def test_defaults_are_trls_with_a_cosine() -> None:
     config = load_config(REQUIRED)
-    assert (config.loss_type, config.beta, config.learning_rate, config.max_length) == ("sigmoid_norm", 0.1, 4e-8, 1024)
+    assert (config.loss_type, config.beta, config.learning_rate, config.max_length) == ("sigmoid", 0.1, 1e-6, 1024)
     assert (config.per_device_train_batch_size, config.max_grad_norm, config.weight_decay) == (4, 1.0, 0.01)
-    assert (config.lr_scheduler_type, config.completion_mask, config.num_train_epochs) == (
-        "minimind",
-        "all_assistant",
+    assert (config.lr_scheduler_type, config.warmup_ratio, config.completion_mask, config.num_train_epochs) == (
+        "cosine",
+        0.1,
+        "final_turn",
         1.0,
     )
+
+
+@pytest.mark.parametrize(("schedule", "warmup"), [("minimind", 0.0), ("constant", 0.0), ("linear", 0.1)])
+def test_warmup_follows_the_schedule(schedule: str, warmup: float) -> None:
+    assert load_config([*REQUIRED, "--lr_scheduler_type", schedule]).warmup_ratio == warmup
+    assert load_config([*REQUIRED, "--lr_scheduler_type", "cosine", "--warmup_ratio", "0"]).warmup_ratio == 0.0
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("run_name: 2026-11-26", "run_name", "2026-11-26"),
+        ("run_name: 007", "run_name", "007"),
+        ("run_name: 1_000", "run_name", "1_000"),
+        ("run_name: yes", "run_name", "yes"),
+        ("run_name: null", "run_name", None),
+        ("run_name: ~", "run_name", None),
+        ("run_name:", "run_name", None),
+        ("model_name_or_path: 1.10", "model_name_or_path", "1.10"),
+        ("train_data: [2026-11-26, 0o17]", "train_data", ["2026-11-26", "0o17"]),
+        ("shuffle: no", "shuffle", False),
+        ("learning_rate: 1e-6", "learning_rate", 1e-6),
+        ("learning_rate: 0", "learning_rate", 0.0),
+        ("max_steps: 12", "max_steps", 12),
+        ("report_to: []", "report_to", []),
+    ],
+)
+def test_yaml_scalars_are_what_stands_there(tmp_path: Path, line: str, name: str, value: object) -> None:
+    file = tmp_path / "c.yaml"
+    others = {"model_name_or_path": "m", "train_data": "a"}
+    file.write_text("".join(f"{key}: {other}\n" for key, other in others.items() if key != name) + line + "\n")
+    assert getattr(load_config(["--config", str(file)]), name) == value
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ("beta: 0.1\nbeta: 0.2", "beta is there twice"),
+        ("beta:", "beta: is empty"),
+        ("output_dir: ~", "output_dir: is empty"),
+        ("max_steps: 0", "max_steps: must be positive, or -1, is 0"),
+        ("max_steps: -2", "max_steps: must be positive, or -1, is -2"),
+        ("- beta", "expected 'key: value' lines"),
+    ],
+)
+def test_yaml_that_is_refused(tmp_path: Path, line: str, part: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(line + "\n")
+    with pytest.raises(UserError, match=part):
+        load_config(["--config", str(file), *REQUIRED])
+
+
+def test_a_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("output_dir: ~/runs/x\nresume: ~/runs/x/checkpoints/step-000001\n")
+    config = load_config(["--config", "~/c.yaml", *REQUIRED])
+    assert config.output_dir == str(tmp_path / "runs/x")
+    assert config.resume == str(tmp_path / "runs/x/checkpoints/step-000001")
 
 
 def test_every_problem_at_once(tmp_path: Path) -> None:
@@ -60,7 +119,7 @@ def test_every_problem_at_once(tmp_path: Path) -> None:
         ({"label_smoothing": 0.1, "loss_type": "hinge"}, "label_smoothing: has no meaning for loss_type hinge"),
         ({"beta": 0}, "beta: must be positive"),
         ({"beta": float("nan")}, "beta: must be positive"),
-        ({"warmup_ratio": 0.1}, "lr_scheduler_type minimind has no warmup"),
+        ({"warmup_ratio": 0.1, "lr_scheduler_type": "minimind"}, "lr_scheduler_type minimind has no warmup"),
         ({"eval_steps": 5}, "eval_steps: needs eval_data"),
         ({"seed": True}, "seed: expected a number, found true"),
         ({"train_data": [1]}, "train_data: expected one text"),
@@ -79,7 +138,7 @@ def test_wrong_values(values: dict[str, object], part: str) -> None:
 
 
 def test_saved_config_reads_back(tmp_path: Path) -> None:
-    config = TrainConfig(model_name_or_path="m", train_data=["数据.jsonl"], learning_rate=5e-7, shuffle=False)
+    config = TrainConfig(model_name_or_path="m", train_data=["数据.jsonl"], warmup_ratio=0.2, shuffle=False)
     save_config(config, tmp_path / "config.yaml")
     assert load_config(["--config", str(tmp_path / "config.yaml")]) == config
 
@@ -97,9 +156,8 @@ def test_every_setting_says_whether_a_resume_may_change_it() -> None:
 
 
 def test_every_number_has_bounds() -> None:
-    """All but `max_steps`, whose negative values mean something."""
     numbers = [setting for setting in fields(TrainConfig) if "int" in str(setting.type) or "float" in str(setting.type)]
-    assert [setting.name for setting in numbers if setting.metadata["bounds"] is None] == ["max_steps"]
+    assert [setting.name for setting in numbers if setting.metadata["bounds"] is None] == []
 
 
 def test_defaults_keep_their_own_bounds() -> None:
@@ -117,12 +175,12 @@ def test_identity_is_what_checkpoints_hold() -> None:
         identity_before() | {"matmul": "torch", "weight_rounding": "nearest", "dtype": "float32"} == identity_before()
     )
     assert now == {
-        "loss_type": "sigmoid_norm",
+        "loss_type": "sigmoid",
         "beta": 0.1,
         "label_smoothing": 0.0,
-        "learning_rate": 4e-8,
-        "lr_scheduler_type": "minimind",
-        "warmup_ratio": 0.0,
+        "learning_rate": 1e-6,
+        "lr_scheduler_type": "cosine",
+        "warmup_ratio": 0.1,
         "weight_decay": 0.01,
         "max_grad_norm": 1.0,
         "shuffle": True,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from minimind_dpo.config.weights import weight_problems
 from minimind_dpo.errors import UserError
 from minimind_dpo.files import write_text
 
+_TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")  # yaml's words
+_WITHOUT_WARMUP = ("minimind", "constant")  # schedules
+_WARMUP_RATIO = 0.1  # of the others
 _SETTINGS = {setting.name: setting for setting in fields(TrainConfig)}
 
 
@@ -54,11 +58,20 @@ def make_config(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Trai
             converted[name] = _convert(name, value)
         except ValueError as error:
             problems.append(f"{name}: {error}")
-    config = TrainConfig(**converted)
+    config = _resolve(TrainConfig(**converted))
     problems += _check(config, skip={problem.split(":")[0] for problem in problems})
     if problems:
         raise UserError("the configuration has problems:\n  " + "\n  ".join(problems))
     return config
+
+
+def _resolve(config: TrainConfig) -> TrainConfig:
+    """The configuration with the defaults that follow from other settings, and paths from `~` on."""
+    warmup = config.warmup_ratio
+    if warmup is None:
+        warmup = 0.0 if config.lr_scheduler_type in _WITHOUT_WARMUP else _WARMUP_RATIO
+    paths = {name: os.path.expanduser(getattr(config, name)) for name in ("output_dir", "resume")}
+    return replace(config, warmup_ratio=warmup, **paths)
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
@@ -92,14 +105,30 @@ def _plain(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+class _TextLoader(yaml.BaseLoader):
+    """Reads every scalar as the text that stands there: the settings know their types, so 007 and 2026-11-26 stay."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys differ.
+
+        Raises:
+            YAMLError: a key is there twice.
+        """
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for (key, _), name in zip(node.value, keys, strict=True):
+            if keys.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{name} is there twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: str, problems: list[str]) -> dict[str, Any]:
     try:
-        loaded = yaml.safe_load(Path(path).read_text("utf-8"))
+        loaded = yaml.load(Path(path).expanduser().read_text("utf-8"), _TextLoader)
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror})") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: not valid yaml: {error}") from None
-    if loaded is None:
+    if loaded in (None, ""):
         return {}
     if not isinstance(loaded, dict):
         raise UserError(f"--config {path}: expected 'key: value' lines, found a {type(loaded).__name__}")
@@ -123,8 +152,10 @@ def _convert(name: str, value: Any) -> Any:
         raise ValueError(_nearest(name))
     kind, optional = _kind(name), "None" in str(_SETTINGS[name].type)
     (alone,) = value if isinstance(value, list) and len(value) == 1 else [value]
-    if value is None or ((optional or kind == "list") and str(alone).lower() in ("none", "null")):
+    if alone in (None, "", "~") or ((optional or kind == "list") and str(alone).lower() in ("none", "null")):
         if not optional and kind != "list":
+            if value == _SETTINGS[name].default:
+                return value
             raise ValueError("is empty; give a value or remove the key")
         return None if optional else []
     return _CONVERSIONS[kind](value)
@@ -144,9 +175,10 @@ def _to_text(value: Any) -> str:
 
 
 def _to_bool(value: Any) -> bool:
-    if _plain(value).lower() not in ("true", "false"):
+    said = _plain(value).lower()
+    if said not in _TRUE + _FALSE:
         raise ValueError(f"expected true or false, found {value!r}")
-    return _plain(value).lower() == "true"
+    return said in _TRUE
 
 
 def _to_number(value: Any) -> float:

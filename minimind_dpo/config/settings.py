@@ -33,6 +33,7 @@ POSITIVE = Bounds("positive", lambda number: 0 < number < inf)
 NOT_NEGATIVE = Bounds("0 or more", lambda number: 0 <= number < inf)
 SHARE = Bounds("in [0, 1]", lambda number: 0 <= number <= 1)
 DROPOUT = Bounds("in [0, 1)", lambda number: 0 <= number < 1)
+STEPS = Bounds("positive, or -1", lambda number: number == -1 or 0 < number < inf)
 MINORITY = Bounds("in [0, 0.5)", lambda number: 0 <= number < 0.5)
 
 
@@ -59,8 +60,9 @@ def _free(default: Any, help: str, **limits: Any) -> Any:
 class TrainConfig:
     """Everything a training run is told, under Hugging Face's names; a batch counts pairs.
 
-    The defaults are MiniMind's own DPO settings. What the launcher decides (processes, mixed precision, ZeRO)
-    is not repeated here: it stays in the accelerate configuration.
+    The defaults are TRL's DPO settings, with a cosine and a warmup; MiniMind's own are in its recipes, configs/dpo.
+    What the launcher decides (processes, mixed precision, ZeRO) is not repeated here: it stays in the accelerate
+    configuration.
     """
 
     model_name_or_path: str = _free("", "policy start: directory, hub id, run directory or MiniMind .pth")
@@ -108,7 +110,7 @@ class TrainConfig:
     eval_data: list[str] = _free([], "held-out pairs, in the same forms")
     max_length: int = _free(1024, "tokens a side, truncated on the right", bounds=POSITIVE)
     completion_mask: str = _free(
-        "all_assistant", "tokens that count: " + " | ".join(COMPLETION_MASKS), choices=COMPLETION_MASKS
+        "final_turn", "tokens that count: " + " | ".join(COMPLETION_MASKS), choices=COMPLETION_MASKS
     )
     on_bad_row: str = _free(
         "auto",
@@ -117,7 +119,7 @@ class TrainConfig:
     )
     shuffle: bool = _fixed(True, "a new order each epoch; false keeps file order")
 
-    loss_type: str = _fixed("sigmoid_norm", " | ".join(LOSS_TYPES), choices=LOSS_TYPES)
+    loss_type: str = _fixed("sigmoid", " | ".join(LOSS_TYPES), choices=LOSS_TYPES)
     beta: float = _fixed(0.1, "strength of the pull towards the reference", bounds=POSITIVE)
     label_smoothing: float = _fixed(0.0, "assumed share of flipped preferences, in [0, 0.5)", bounds=MINORITY)
     reference: str = _free(
@@ -126,13 +128,17 @@ class TrainConfig:
 
     output_dir: str = _free("runs/dpo", "the run directory")
     num_train_epochs: float = _free(1.0, "passes over the training pairs", bounds=POSITIVE)
-    max_steps: int = _free(-1, "optimizer steps; overrides num_train_epochs when positive")
+    max_steps: int = _free(-1, "optimizer steps; -1: as many as num_train_epochs has", bounds=STEPS)
     per_device_train_batch_size: int = _free(4, "pairs a micro-batch on each rank", bounds=POSITIVE)
     gradient_accumulation_steps: int = _free(1, "micro-batches an optimizer step", bounds=POSITIVE)
     optim: str = _fixed("adamw", "the optimizer: " + " | ".join(OPTIMIZERS), choices=OPTIMIZERS)
-    learning_rate: float = _fixed(4e-8, "peak learning rate of the optimizer", bounds=POSITIVE)
-    lr_scheduler_type: str = _fixed("minimind", " | ".join(LR_SCHEDULER_TYPES), choices=LR_SCHEDULER_TYPES)
-    warmup_ratio: float = _fixed(0.0, "share of the steps with a linearly rising learning rate", bounds=SHARE)
+    learning_rate: float = _fixed(1e-6, "peak learning rate of the optimizer; 0 is a dry run", bounds=NOT_NEGATIVE)
+    lr_scheduler_type: str = _fixed("cosine", " | ".join(LR_SCHEDULER_TYPES), choices=LR_SCHEDULER_TYPES)
+    warmup_ratio: float | None = _fixed(
+        None,
+        "share of the steps with a linearly rising learning rate (default: 0.1; 0 for minimind and constant)",
+        bounds=SHARE,
+    )
     weight_decay: float = _fixed(0.01, "decoupled weight decay, on every parameter", bounds=NOT_NEGATIVE)
     max_grad_norm: float = _fixed(1.0, "gradient norm clipping; 0 switches it off", bounds=NOT_NEGATIVE)
 

@@ -7,8 +7,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from minimind_dpo.checkpoints.state import read_state
-from minimind_dpo.config import TrainConfig, identity
+from minimind_dpo.config import TrainConfig, identity, make_config
 from minimind_dpo.engine.protocol import Engine
 from minimind_dpo.models.fast.products import TORCH, agree_on_library, half_precision_notice
 
@@ -17,6 +19,35 @@ logger = logging.getLogger(__name__)
 _AUTO = "auto"
 # What runs did before there was the setting.
 _BEFORE = {"matmul": TORCH, "weight_rounding": "nearest", "dtype": "float32"}
+
+# The defaults of the runs of before, MiniMind's; those of today are named in a checkpoint's identity.
+_FORMER_DEFAULTS: dict[str, Any] = {
+    "loss_type": "sigmoid_norm",
+    "learning_rate": 4e-8,
+    "lr_scheduler_type": "minimind",
+    "warmup_ratio": 0.0,
+    "completion_mask": "all_assistant",
+}
+DEFAULTS = {"defaults": "TRL's"}
+
+
+def with_former_defaults(config: TrainConfig, checkpoint: Path | None) -> TrainConfig:
+    """The configuration of a run that began under other defaults: a setting at today's default keeps what it was.
+
+    What it was is told by the run's config.yaml, or it was the default of that time.
+    """
+    if checkpoint is None or DEFAULTS.items() <= read_state(checkpoint).identity.items():
+        return config
+    told = checkpoint.resolve().parents[1] / "config.yaml"
+    before = _FORMER_DEFAULTS | (yaml.safe_load(told.read_text("utf-8")) if told.is_file() else {})
+    today = make_config({"model_name_or_path": "any", "train_data": "any"})
+    kept = {
+        name: before[name] for name in _FORMER_DEFAULTS if getattr(config, name) == getattr(today, name) != before[name]
+    }
+    if kept:
+        named = ", ".join(f"{name}: {value}" for name, value in kept.items())
+        logger.info("the run began with other defaults, which stay: %s", named)
+    return dataclasses.replace(config, **kept)
 
 
 def identity_before() -> dict[str, Any]:

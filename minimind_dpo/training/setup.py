@@ -30,8 +30,9 @@ from minimind_dpo.objective.losses import LossSettings
 from minimind_dpo.objective.scoring import PairScorer, embedding_rows
 from minimind_dpo.reference.cache import Needed
 from minimind_dpo.reference.choosing import load_reference, make_reference
+from minimind_dpo.training.recipes import name_recipe
 from minimind_dpo.training.run import Run
-from minimind_dpo.training.settle import identity_before, settle
+from minimind_dpo.training.settle import DEFAULTS, identity_before, settle, with_former_defaults
 from minimind_dpo.training.signals import StopRequest
 from minimind_dpo.training.weights import load_configured, load_start, policy_dtype
 
@@ -47,10 +48,12 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
         UserError: data, model, tokenizer and configuration do not go together, or the checkpoint is another run's.
         StoppedEarly: `stop` came while reference log-probabilities were computed.
     """
-    config = settle(config, engine, checkpoint)
+    config = settle(with_former_defaults(config, checkpoint), engine, checkpoint)
     tokenizer = load_tokenizer(tokenizer_path(config), config.trust_remote_code)
     dtype = policy_dtype(config, engine, checkpoint)
     policy = load_start(config, dtype, engine.precision)
+    if checkpoint is None:
+        name_recipe(config, policy)
     check_vocabulary(policy, tokenizer)
     data = load_data(config, engine, tokenizer)
     stop.listen()
@@ -66,13 +69,7 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
     if checkpoint is not None:  # last: up to here the policy is its own start, which a cache may be made of
         load_checkpoint(checkpoint, engine)
         logger.info("resuming after step %d from %s", state.step, checkpoint)
-    logger.info(
-        "%d pairs, %d optimizer steps of %d pairs on %d process(es)",
-        data.order.num_pairs,
-        state.total_steps,
-        data.order.global_batch,
-        engine.world_size,
-    )
+    logger.info("%s on %d process(es)", data, engine.world_size)
     return Run(
         config=config,
         engine=engine,
@@ -105,6 +102,9 @@ class RunData:
     eval: TokenizedData | None
     order: PairOrder
     steps: int
+
+    def __str__(self) -> str:
+        return f"{self.order.num_pairs} pairs, {self.steps} optimizer steps of {self.order.global_batch} pairs"
 
     def is_single_pass(self) -> bool:
         """Whether the run comes to no pair a second time."""
@@ -172,7 +172,7 @@ def _state(
     }
     state = TrainerState(total_steps=data.steps, identity=now)
     if checkpoint is None:
-        return state
+        return dataclasses.replace(state, identity=now | DEFAULTS)
     saved = read_state(checkpoint)
     check_identity(saved, state, checkpoint, defaults=identity_before())
     if saved.total_steps != data.steps:
