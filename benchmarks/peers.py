@@ -54,11 +54,11 @@ def contest(name: str, job: Job, gate: Gate) -> None:
 def ours(name: str, job: Job, gate: Gate) -> None:
     """The product: a run put together and trained by its own entry points, with a gate in place of metrics.jsonl."""
     from minimind_dpo.config import make_config
+    from minimind_dpo.ending import StopRequest
     from minimind_dpo.engine.launcher import start_engine
     from minimind_dpo.training.loop import train
     from minimind_dpo.training.run_directory import RunLog
     from minimind_dpo.training.setup import build_run
-    from minimind_dpo.training.signals import StopRequest
 
     config = make_config(
         {

@@ -33,6 +33,7 @@ from benchmarks.throughput import matrix_peak
 from benchmarks.workloads import MAX_LENGTH, MIXES, minimind_shape, mix_lengths, save_model, word_tokenizer, write_pairs
 from minimind_dpo.config import make_config
 from minimind_dpo.config.settings import MATMULS
+from minimind_dpo.ending import StopRequest
 from minimind_dpo.engine.launcher import start_engine
 from minimind_dpo.engine.protocol import unwrap
 from minimind_dpo.models.fast import patch
@@ -43,7 +44,6 @@ from minimind_dpo.training.batches import LoadedStep
 from minimind_dpo.training.run import Run
 from minimind_dpo.training.run_directory import RunLog
 from minimind_dpo.training.setup import build_run
-from minimind_dpo.training.signals import StopRequest
 
 PHASES = (
     "data",

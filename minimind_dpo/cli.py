@@ -6,7 +6,8 @@ import importlib
 import sys
 
 from minimind_dpo import __version__
-from minimind_dpo.errors import EXIT_DONE, EXIT_USAGE, Ending
+from minimind_dpo.ending import Ending
+from minimind_dpo.errors import EXIT_DONE, EXIT_USAGE
 
 # verb -> (module, function of the remaining arguments, one line of help)
 VERBS = {

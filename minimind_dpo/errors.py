@@ -1,11 +1,10 @@
-"""Mistakes that a user can make and mend, and how a command ends on them."""
+"""Mistakes that a user can make and mend, and the exit codes that commands end with."""
 
 from __future__ import annotations
 
 import os
 import sys
 import traceback
-from types import TracebackType
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_STOPPED = 0, 1, 2, 75
 
@@ -24,32 +23,6 @@ class TrainingError(RuntimeError):
 
 class StoppedEarly(Exception):
     """A signal asked the run to stop; what it did so far is kept and the same command continues; exit code 75."""
-
-
-class Ending:
-    """Around a command: the exit code that it ends with, whatever happens in it.
-
-    A user's mistake ends it with 2 and one message, a failure with 1 and a traceback. Where a launcher started several
-    processes on a machine, they are taken to make the same mistake, and one speaks.
-
-    Attributes:
-        code: the command's own where it ended well; set it in the block.
-    """
-
-    code = EXIT_DONE
-
-    def __enter__(self) -> Ending:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            report(error)
-        self.code = code_of(error)
-        return True
 
 
 def code_of(error: BaseException) -> int:

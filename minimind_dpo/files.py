@@ -18,6 +18,7 @@ from pathlib import Path
 
 _PARTIAL = ".partial"
 _ABANDONED = 24 * 3600  # seconds after which nobody writes any more
+_unfinished: set[Path] = set()  # where `replacing` blocks of this process write
 _MODEL_SUFFIXES = (".pth", ".pt", ".bin", ".gguf", ".safetensors")
 
 
@@ -39,9 +40,19 @@ def aside(path: Path) -> Iterator[Path]:
 def replacing(path: Path) -> Iterator[Path]:
     """As `aside`; what was written there takes the place of `path` when the block ends without an error."""
     with aside(path) as new:
-        yield new
-        sync_all(new)
+        _unfinished.add(new.parent)
+        try:
+            yield new
+            sync_all(new)
+        finally:
+            _unfinished.discard(new.parent)
         put_in_place(new, path)
+
+
+def remove_unfinished() -> None:
+    """Remove what this process has begun to write and not finished; for one that is about to end amid its work."""
+    for workspace in list(_unfinished):
+        shutil.rmtree(workspace, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

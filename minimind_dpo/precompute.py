@@ -11,7 +11,8 @@ import time
 from typing import TYPE_CHECKING
 
 from minimind_dpo.config import TrainConfig, load_config
-from minimind_dpo.errors import Ending, UserError
+from minimind_dpo.ending import Ending
+from minimind_dpo.errors import UserError
 
 if TYPE_CHECKING:
     from minimind_dpo.training.session import Session
@@ -64,8 +65,7 @@ def _precompute(config: TrainConfig, session: Session) -> None:
     with engine.loading_reference(offload=False):
         model = load_reference_start(config, engine)
     check_vocabulary(model, tokenizer)
-    needed = load_data(config, engine, tokenizer).needed()
-    session.stop.listen()
+    needed = load_data(config, engine, tokenizer, session.stop.signalled).needed()
     digest = reference_digest(model, engine.weights_dtype)
     scorer = engine.freeze(PairScorer(model, config.matmul), False, weight_rounding(config))
     layout = choose_layout(unwrap(scorer), config.attn_implementation, engine.device, engine.autocast, decide)

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from minimind_dpo.config import TrainConfig, load_config, make_config
-from minimind_dpo.errors import EXIT_DONE, EXIT_STOPPED, Ending, StoppedEarly
+from minimind_dpo.ending import Ending
+from minimind_dpo.errors import EXIT_DONE, EXIT_STOPPED, StoppedEarly
 
 
 def train_dpo(config: TrainConfig) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers_run import Inputs, make_inputs
 
-from minimind_dpo.training.signals import STOP_SIGNALS
+from minimind_dpo.ending import STOP_SIGNALS
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from minimind_dpo.config import TrainConfig, load_config
+from minimind_dpo.ending import StopRequest
 from minimind_dpo.engine.launcher import start_engine
 from minimind_dpo.train import run
 from minimind_dpo.training.run import Run
 from minimind_dpo.training.setup import build_run
-from minimind_dpo.training.signals import StopRequest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WORDS = "red blue green seven nine river stone cloud quiet happy open window garden paper letter music".split()

@@ -23,6 +23,7 @@ NAMES = [str(path.relative_to(PACKAGE)) for path in MODULES]
 ROOMS = [
     "errors",
     "files",
+    "ending",
     "config",
     "engine",
     "checkpoints",

@@ -151,6 +151,9 @@ class TrainConfig:
     )
     save_total_limit: int = _free(2, "checkpoints kept; 0 keeps all", bounds=NOT_NEGATIVE)
     resume: str = _free("auto", "auto: newest complete checkpoint of output_dir | never | PATH of one")
+    max_hours: float | None = _free(
+        None, "hours after which the run stops with a checkpoint, to be started again", bounds=POSITIVE
+    )
     report_to: list[str] = _free([], "none, or trackers by accelerate's names: wandb, tensorboard, trackio, ...")
     run_name: str | None = _free(None, "name of the run in the trackers")
     dataloader_num_workers: int | None = _free(

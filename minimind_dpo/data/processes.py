@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -14,6 +15,7 @@ from typing import Any
 
 from minimind_dpo.data.chat import DroppedRow, TokenizedPair, tokenize_pair
 from minimind_dpo.data.records import RowError, logger, parse_line
+from minimind_dpo.ending import STOP_SIGNALS
 
 RowBlock = list[tuple[int, int, str, bytes | dict[str, Any]]]  # file, row, place, undecoded row
 
@@ -85,6 +87,8 @@ _started_with: tuple[Any, Settings] | None = None  # in a process of the pool: i
 def _start(tokenizer: Any, settings: Settings) -> None:
     global _started_with
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    for number in STOP_SIGNALS:  # Ctrl-C reaches all processes of a terminal; the parent answers it
+        signal.signal(number, signal.SIG_IGN)
     _started_with = tokenizer, settings
     logger.setLevel(logging.ERROR)  # the parent has given the notices
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -71,6 +71,7 @@ def tokenize_files(
     completion_mask: str,
     on_bad_row: str,
     num_proc: int | None = None,
+    go_on: Callable[[], None] = lambda: None,
 ) -> TokenizedData:
     """The tokenized pairs of a source, made now or taken from the cache of an earlier call.
 
@@ -86,6 +87,7 @@ def tokenize_files(
             `auto` raises at malformed rows and drops those without signal.
         num_proc: processes to tokenize with; by default as many as the data's size makes worthwhile. More than one
             start afresh (spawn), so a script that asks for them needs the `if __name__ == "__main__"` guard.
+        go_on: called every now and then; what it raises ends the work, and nothing is left of it.
 
     Raises:
         RowError: a row that `on_bad_row` doesn't let pass; the message names its place.
@@ -103,7 +105,7 @@ def tokenize_files(
         processes = num_proc or _worthwhile_processes(sum(digest.size for digest in content))
         rows = _total_rows(files, content)
         with cache.write_entry(path) as writer:
-            _tokenize_into(writer, files, tokenizer, settings, processes, rows)
+            _tokenize_into(writer, files, tokenizer, settings, processes, rows, go_on)
         found = cache.open_entry(path)
         assert found is not None
     dataset, meta = found
@@ -122,10 +124,12 @@ def _tokenize_into(
     settings: Settings,
     processes: int,
     rows: int | None,
+    go_on: Callable[[], None],
 ) -> None:
     bar = tqdm(total=rows, desc="tokenizing", unit=" pairs", disable=None if _is_first_rank() else True)
     with bar:
         for block, tokenized in tokenize_blocks(_blocks(files), tokenizer, settings, processes):
+            go_on()
             for (file, row, _, _), pair in zip(block, tokenized, strict=True):
                 if isinstance(pair, TokenizedPair):
                     writer.add(pair, file, row)

@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from minimind_dpo.engine.protocol import Engine
-from minimind_dpo.errors import UserError, code_of, report
+from minimind_dpo.errors import StoppedEarly, TrainingError, UserError, code_of, report
 
 _LEAVING_SECONDS = 60  # for a failed rank's teardown
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -41,24 +41,84 @@ def decide(answer: Any) -> Any:
     return broadcast_object_list([answer])[0]
 
 
+def stop_together(engine: Engine, stop: Callable[[], bool], when: str) -> None:
+    """End the run here on every rank if any of them was asked to stop. Collective.
+
+    Raises:
+        StoppedEarly: with `when`, which completes "stopped early ...".
+    """
+    if engine.largest(stop()):
+        raise StoppedEarly(when)
+
+
 @contextmanager
-def main_first(engine: Engine, task: str) -> Iterator[None]:
-    """Run a block on the main process, then on the others, which wait for it as long as it takes.
+def main_first(engine: Engine, task: str, stop: Callable[[], bool], patience: float) -> Iterator[Callable[[], None]]:
+    """Run a block on the main process, then on the others, which wait for it as long as it goes on.
 
     Not a barrier: what the main process does here may last longer than a collective may.
 
     Args:
         engine: of the run.
         task: a name for the block, used once in a run.
+        stop: whether this process was asked to stop.
+        patience: seconds without a sign of the main process after which the others fail.
+
+    Yields:
+        What the block calls every now and then: the main process's sign that it goes on, which raises StoppedEarly
+        where any rank was asked to stop.
+
+    Raises:
+        StoppedEarly: the main process ended the block so.
+        TrainingError: there was no sign of the main process for too long.
     """
-    key = f"minimind_dpo/{task}"
-    if engine.world_size > 1 and not engine.is_main:
-        store = _store()
-        while not store.check([key]):  # raises once the process that holds the store has gone
+    turn = _Turn(f"minimind_dpo/{task}", None if engine.world_size == 1 else _store(), stop)
+    if not engine.is_main:
+        turn.wait(patience)
+        yield lambda: None
+        return
+    try:
+        yield turn.go_on
+    except StoppedEarly:
+        turn.end(_STOPPED)
+        raise
+    turn.end(_DONE)
+
+
+_DONE, _STOPPED = b"done", b"stopped"
+
+
+class _Turn:
+    """The main process's turn in a block, told through the store: `store` is None for a single process."""
+
+    def __init__(self, key: str, store: Any, stop: Callable[[], bool]):
+        self._end, self._sign, self._request = (f"{key}/{part}" for part in ("end", "sign", "stop"))
+        self._store, self._stop = store, stop
+
+    def go_on(self) -> None:
+        """Give a sign; StoppedEarly where this or another process was asked to stop."""
+        if self._store is not None:
+            self._store.add(self._sign, 1)
+        if self._stop() or (self._store is not None and self._store.check([self._request])):
+            raise StoppedEarly("before the first step")
+
+    def end(self, how: bytes) -> None:
+        """Tell the others how it ended."""
+        if self._store is not None:
+            self._store.set(self._end, how)
+
+    def wait(self, patience: float) -> None:
+        """Until the main process has ended its turn."""
+        sign, seen = 0, time.monotonic()
+        while not self._store.check([self._end]):  # raises once the process that holds the store has gone
+            if self._stop():
+                self._store.set(self._request, "")
+            if (now := self._store.add(self._sign, 0)) != sign:
+                sign, seen = now, time.monotonic()
+            elif time.monotonic() - seen > patience:
+                raise TrainingError(f"no sign of rank 0 for {patience:.0f} s (ddp_timeout); it hangs, or is stopped")
             time.sleep(0.1)
-    yield
-    if engine.world_size > 1 and engine.is_main:
-        _store().set(key, "done")
+        if self._store.get(self._end) == _STOPPED:
+            raise StoppedEarly("before the first step")
 
 
 def end_with_launcher() -> None:

@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 
 from minimind_dpo.data.batch import pair_key
 from minimind_dpo.engine.protocol import Engine
-from minimind_dpo.engine.ranks import on_main
-from minimind_dpo.errors import StoppedEarly, UserError
+from minimind_dpo.engine.ranks import on_main, stop_together
+from minimind_dpo.errors import UserError
 from minimind_dpo.objective.layout import PairLayout
 from minimind_dpo.reference.cache import MERGED_CHUNKS, Needed, ReferenceCache
 
@@ -108,10 +108,8 @@ class CacheFiller:
             disable=not self.engine.is_main,
         )
         for first in rounds:
-            if self.engine.largest(
-                stop()
-            ):  # also keeps the ranks in step, so that none waits longer than a chunk takes
-                raise StoppedEarly("while computing reference log-probabilities")
+            # also keeps the ranks in step, so that none waits longer than a chunk takes
+            stop_together(self.engine, stop, "while computing reference log-probabilities")
             if first - merged >= MERGED_CHUNKS and self.engine.is_main:
                 self.cache.merge()  # what is complete by now; the others go on to their next chunk
                 merged = first

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 from minimind_dpo.data.batch import PairBatch
 from minimind_dpo.data.order import StepPlan
+from minimind_dpo.ending import STOP_SIGNALS
 from minimind_dpo.objective.layout import PairLayout
-from minimind_dpo.training.signals import STOP_SIGNALS
 
 
 class LoadedStep(NamedTuple):

@@ -6,15 +6,22 @@ import torch
 
 from minimind_dpo.data.order import PairOrder, plan_steps
 from minimind_dpo.data.tokenized import TokenizedData
+from minimind_dpo.engine.ranks import stop_together
 from minimind_dpo.objective.step import score_batch
 from minimind_dpo.objective.sums import empty_sums, read_totals
 from minimind_dpo.training.batches import load_steps
 from minimind_dpo.training.run import Run
 
+_ASKED_EVERY = 8  # global batches; asking waits for the device
+
 
 @torch.no_grad()
 def evaluate(run: Run, data: TokenizedData) -> dict[str, float]:
-    """Score every pair of `data` once; its metrics under `eval_` names. Collective."""
+    """Score every pair of `data` once; its metrics under `eval_` names. Collective.
+
+    Raises:
+        StoppedEarly: a signal to any rank asked for it.
+    """
     engine, size = run.engine, run.config.per_device_train_batch_size
     order = PairOrder(len(data), size * engine.world_size, seed=0, shuffle=False)
     plans = plan_steps(
@@ -29,6 +36,8 @@ def evaluate(run: Run, data: TokenizedData) -> dict[str, float]:
     run.scorer.eval()
     sums = empty_sums(engine.device)
     for plan, batches in load_steps(data.dataset, plans, run.layout, run.config.dataloader_num_workers, engine.device):
+        if plan.step % _ASKED_EVERY == 0:
+            stop_together(engine, run.stop.signalled, "in an evaluation")
         for micro_batch, host_batch in zip(plan.micro_batches, batches, strict=True):
             batch = host_batch.to(engine.device)
             scores = score_batch(run.scorer, batch, run.reference.per_token_logps(batch), run.loss)

@@ -25,7 +25,7 @@ from minimind_dpo.training.evaluation import evaluate
 from minimind_dpo.training.metrics import peak_memory_gib
 from minimind_dpo.training.run import Run
 from minimind_dpo.training.run_directory import RunLog
-from minimind_dpo.training.schedule import learning_rate_schedule
+from minimind_dpo.training.schedule import is_due, learning_rate_schedule
 from minimind_dpo.training.visibility import UpdateWatch
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def train(run: Run, log: RunLog) -> None:
     """Train from `run.state.step` to the last step.
 
     Raises:
-        StoppedEarly: a signal asked for it; a checkpoint is written.
+        StoppedEarly: a signal asked for it, or `max_hours` are over; a checkpoint is written.
         TrainingError: a loss or gradient is not finite; weights are as after the last good step.
     """
     config, state = run.config, run.state
@@ -69,21 +69,21 @@ def train(run: Run, log: RunLog) -> None:
         run.train_data.dataset, run.plans(), run.layout, config.dataloader_num_workers, run.engine.device
     )
     schedule = learning_rate_schedule(
-        config.lr_scheduler_type, config.learning_rate, state.total_steps, config.warmup_ratio
+        config.lr_scheduler_type, config.learning_rate, state.total_steps, config.warmup_ratio or 0.0
     )
     run.scorer.train()
     clock, watch = _Clock(state), UpdateWatch(run)
     progress = _progress_bar(run)
     unread: deque[StepResult] = deque()
     stopped = False
-    if state.step == 0:
+    if log.lacks_evaluation(run):
         _evaluate(run, log, clock)
     for step in steps:
         unread.append(optimizer_step(run, step, schedule(step.plan.step)))
         state.step = step.plan.step
         last = state.step == state.total_steps
         logs, evaluates, saves = (
-            last or _is_due(every, state.step) for every in (config.logging_steps, config.eval_steps, config.save_steps)
+            last or is_due(every, state.step) for every in (config.logging_steps, config.eval_steps, config.save_steps)
         )
         while unread and (len(unread) > _steps_ahead(run) or stopped or logs or evaluates or saves):
             result = unread.popleft()
@@ -94,11 +94,12 @@ def train(run: Run, log: RunLog) -> None:
         if logs:
             _log_step(run, log, numbers, result.learning_rate, clock)
             watch.look()
-        if evaluates:
+        stops = stopped and not last
+        if evaluates and not stops:
             _evaluate(run, log, clock)
         if stopped or (saves and config.save_steps):
             _save(run, log, clock)
-        if stopped and not last:
+        if stops:
             progress.close()
             raise StoppedEarly(f"after step {state.step} of {state.total_steps}")
     clock.store(state)
@@ -140,10 +141,6 @@ def _steps_ahead(run: Run) -> int:
     return 0 if run.engine.device.type == "cpu" else 1
 
 
-def _is_due(every: int | None, step: int) -> bool:
-    return bool(every) and step % (every or 1) == 0
-
-
 def _read(run: Run, result: StepResult) -> StepNumbers:
     """Wait for the device and read a step's result.
 
@@ -168,8 +165,19 @@ def _check_finite(run: Run, step: int, what: str, values: list[float]) -> None:
 
 
 def _evaluate(run: Run, log: RunLog, clock: _Clock) -> None:
-    if run.eval_data is not None:
+    """Record an evaluation. One that is stopped is made again when the run goes on.
+
+    Raises:
+        StoppedEarly: it was stopped; a checkpoint of the step is written.
+    """
+    if run.eval_data is None:
+        return
+    try:
         log.record(run, evaluate(run, run.eval_data))
+    except StoppedEarly:
+        if run.state.step > 0:
+            _save(run, log, clock)
+        raise
     clock.restart()
 
 

@@ -14,11 +14,11 @@ from minimind_dpo.checkpoints.state import TrainerState
 from minimind_dpo.config import TrainConfig
 from minimind_dpo.data.order import PairOrder, StepPlan, plan_steps
 from minimind_dpo.data.tokenized import TokenizedData
+from minimind_dpo.ending import StopRequest
 from minimind_dpo.engine.protocol import Engine, unwrap
 from minimind_dpo.objective.layout import PairLayout
 from minimind_dpo.objective.losses import LossSettings
 from minimind_dpo.reference.sources import Reference
-from minimind_dpo.training.signals import StopRequest
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from typing import IO, Any
 from minimind_dpo.checkpoints.directory import set_aside_later
 from minimind_dpo.config import save_config
 from minimind_dpo.engine.protocol import Engine
+from minimind_dpo.engine.ranks import decide
 from minimind_dpo.errors import UserError
 from minimind_dpo.files import replacing, sweep, write_text
 from minimind_dpo.models.adapters import has_adapters
@@ -24,6 +25,7 @@ from minimind_dpo.models.saving import save_adapter, save_model
 from minimind_dpo.report.page import write_report
 from minimind_dpo.training.metrics import MetricsFile, peak_memory_gib
 from minimind_dpo.training.run import Run
+from minimind_dpo.training.schedule import is_due
 from minimind_dpo.training.trackers import start_trackers
 
 logger = logging.getLogger(__name__)
@@ -89,6 +91,17 @@ class RunLog:
         if self.metrics is not None:
             self.metrics.append({"step": step, "epoch": epoch, "pairs_seen": pairs_seen} | values)
         run.engine.track(values | {"epoch": epoch, "pairs_seen": pairs_seen}, step)
+
+    def lacks_evaluation(self, run: Run) -> bool:
+        """Whether the run's present step has an evaluation, which is not recorded. Collective."""
+        step = run.state.step
+        has_one = run.eval_data is not None and (
+            step in (0, run.state.total_steps) or is_due(run.config.eval_steps, step)
+        )
+        if not has_one:
+            return False
+        lines = [] if self.metrics is None else self.metrics.lines()
+        return not decide(any(line["step"] == step and "eval_loss" in line for line in lines))
 
     def sync(self) -> None:
         """Make what is written survive a power cut."""

@@ -10,6 +10,11 @@ import torch
 _NEEDS_MINIMUM = {"cosine_with_min_lr": {"min_lr_rate": 0.1}}
 
 
+def is_due(every: int | None, step: int) -> bool:
+    """Whether something that happens `every` so many steps (None or 0: never) happens after `step`."""
+    return bool(every) and step % (every or 1) == 0
+
+
 def learning_rate_schedule(
     lr_scheduler_type: str, learning_rate: float, total_steps: int, warmup_ratio: float
 ) -> Callable[[int], float]:

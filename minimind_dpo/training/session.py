@@ -9,10 +9,10 @@ from accelerate.utils import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from minimind_dpo.config import TrainConfig
+from minimind_dpo.ending import StopRequest
 from minimind_dpo.engine.launcher import start_engine
 from minimind_dpo.engine.ranks import end_with_launcher, leave_together
 from minimind_dpo.errors import EXIT_DONE, EXIT_STOPPED, StoppedEarly
-from minimind_dpo.training.signals import StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Session:
         """
         end_with_launcher()
         self.engine = start_engine(config)
-        self.stop = StopRequest(ends_process)
+        self.stop = StopRequest(ends_process, config.max_hours)
         self.exit_code = EXIT_DONE
         level = logging.WARNING if self.engine.is_main else logging.ERROR
         logging.basicConfig(level=level, format="%(message)s")

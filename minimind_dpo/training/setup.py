@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from minimind_dpo.config import TrainConfig, identity
 from minimind_dpo.data.chat import load_tokenizer
 from minimind_dpo.data.order import PairOrder, total_steps
 from minimind_dpo.data.tokenized import TokenizedData, tokenize_files
+from minimind_dpo.ending import StopRequest
 from minimind_dpo.engine.optimizers import make_optimizer
 from minimind_dpo.engine.protocol import Engine, unwrap
-from minimind_dpo.engine.ranks import decide, main_first
+from minimind_dpo.engine.ranks import decide, main_first, stop_together
 from minimind_dpo.errors import UserError
 from minimind_dpo.files import is_raw_weights
 from minimind_dpo.models.adapters import add_adapters
@@ -33,7 +34,6 @@ from minimind_dpo.reference.choosing import load_reference, make_reference
 from minimind_dpo.training.recipes import name_recipe
 from minimind_dpo.training.run import Run
 from minimind_dpo.training.settle import DEFAULTS, identity_before, settle, with_former_defaults
-from minimind_dpo.training.signals import StopRequest
 from minimind_dpo.training.weights import load_configured, load_start, policy_dtype
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
 
     Raises:
         UserError: data, model, tokenizer and configuration do not go together, or the checkpoint is another run's.
-        StoppedEarly: `stop` came while reference log-probabilities were computed.
+        StoppedEarly: `stop` came before the first step.
     """
     config = settle(with_former_defaults(config, checkpoint), engine, checkpoint)
     tokenizer = load_tokenizer(tokenizer_path(config), config.trust_remote_code)
@@ -55,8 +55,7 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
     if checkpoint is None:
         name_recipe(config, policy)
     check_vocabulary(policy, tokenizer)
-    data = load_data(config, engine, tokenizer)
-    stop.listen()
+    data = load_data(config, engine, tokenizer, stop.signalled)
     # from CPU memory, before the policy moves
     loaded = load_reference(config, engine, policy, load_configured, single_pass=data.is_single_pass())
     state = _state(config, engine, data, {"dtype": dtype, "reference_digest": loaded.digest}, checkpoint)
@@ -66,6 +65,7 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
     prepared, optimizer = engine.prepare(scorer, optimizer, config.weight_rounding)
     layout = choose_layout(unwrap(prepared), config.attn_implementation, engine.device, engine.autocast, decide)
     reference = make_reference(config, engine, loaded, unwrap(prepared), layout, data.needed(), stop.__bool__)
+    stop_together(engine, stop.signalled, "before the first step")
     if checkpoint is not None:  # last: up to here the policy is its own start, which a cache may be made of
         load_checkpoint(checkpoint, engine)
         logger.info("resuming after step %d from %s", state.step, checkpoint)
@@ -116,11 +116,16 @@ class RunData:
         return [Needed(self.train, _positions(self.order, self.steps)), *held_out]
 
 
-def load_data(config: TrainConfig, engine: Engine, tokenizer: Any) -> RunData:
-    """Tokenise the data on the main process, or find it tokenised. Collective."""
-    with main_first(engine, "tokenize"):
-        train = _tokenize(config, config.train_data, tokenizer)
-        held_out = _tokenize(config, config.eval_data, tokenizer) if config.eval_data else None
+def load_data(config: TrainConfig, engine: Engine, tokenizer: Any, stop: Callable[[], bool]) -> RunData:
+    """Tokenise the data on the main process, or find it tokenised. Collective.
+
+    Raises:
+        StoppedEarly: `stop` said so on any rank.
+    """
+    with main_first(engine, "tokenize", stop, config.ddp_timeout) as go_on:
+        train = _tokenize(config, config.train_data, tokenizer, go_on)
+        held_out = _tokenize(config, config.eval_data, tokenizer, go_on) if config.eval_data else None
+    stop_together(engine, stop, "before the first step")
     global_batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * engine.world_size
     order = PairOrder(len(train), global_batch, config.seed, config.shuffle)
     steps = total_steps(order.num_pairs, order.global_batch, config.num_train_epochs, config.max_steps)
@@ -201,13 +206,14 @@ def _trainable(config: TrainConfig, policy: PreTrainedModel) -> PairScorer:
     return PairScorer(policy.train(), config.matmul)
 
 
-def _tokenize(config: TrainConfig, source: list[str], tokenizer: Any) -> TokenizedData:
+def _tokenize(config: TrainConfig, source: list[str], tokenizer: Any, go_on: Callable[[], None]) -> TokenizedData:
     return tokenize_files(
         source,
         tokenizer,
         max_length=config.max_length,
         completion_mask=config.completion_mask,
         on_bad_row=config.on_bad_row,
+        go_on=go_on,
     )
 
 

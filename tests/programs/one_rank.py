@@ -10,7 +10,8 @@ import signal
 import sys
 from typing import Any
 
-from minimind_dpo.errors import Ending, UserError
+from minimind_dpo.ending import Ending
+from minimind_dpo.errors import UserError
 from minimind_dpo.train import main
 from minimind_dpo.training import loop
 
