@@ -17,6 +17,7 @@ LR_SCHEDULER_TYPES = ("minimind", "cosine", "cosine_with_min_lr", "linear", "con
 WEIGHT_ROUNDINGS = ("auto", "dithered", "stochastic", "nearest")
 MATMULS = ("auto", "torch", "onednn")
 DTYPES = ("float32", "float16", "bfloat16")  # torch's names
+ON_NONFINITE = ("stop", "skip")
 QUANTIZATIONS = ("none", "nf4")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor")  # transformers' names where it has them
 FROZEN_DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -142,6 +143,9 @@ class TrainConfig:
     weight_decay: float = _fixed(0.01, "decoupled weight decay, on every parameter", bounds=NOT_NEGATIVE)
     max_grad_norm: float = _fixed(1.0, "gradient norm clipping; 0 switches it off", bounds=NOT_NEGATIVE)
 
+    on_nonfinite: str = _free(
+        "stop", "a loss or gradient that is not finite: " + " | ".join(ON_NONFINITE) + " the step", choices=ON_NONFINITE
+    )
     logging_steps: int = _free(10, "optimizer steps between lines of metrics.jsonl", bounds=POSITIVE)
     eval_steps: int | None = _free(
         None, "optimizer steps between evaluations (always before and after)", bounds=POSITIVE

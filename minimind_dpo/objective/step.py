@@ -26,7 +26,9 @@ class BatchScores(NamedTuple):
     sums: Tensor
 
 
-def score_batch(scorer: nn.Module, batch: PairBatch, ref_per_token_logps: Tensor, loss: LossSettings) -> BatchScores:
+def score_batch(
+    scorer: nn.Module, batch: PairBatch, ref_per_token_logps: Tensor, loss: LossSettings, end_token_ids: Tensor
+) -> BatchScores:
     """Score a batch with the policy and compare it with the reference.
 
     Args:
@@ -35,6 +37,7 @@ def score_batch(scorer: nn.Module, batch: PairBatch, ref_per_token_logps: Tensor
         ref_per_token_logps: [M] the reference's log-probabilities (nats) of the same tokens. It scores before the
             policy, so that its activations are gone by then.
         loss: of the run.
+        end_token_ids: of the tokens that end an answer, on the batch's device.
     """
     ref_logps = sum_per_side(ref_per_token_logps, batch)
     scores: PairScores = scorer(batch)
@@ -52,6 +55,8 @@ def score_batch(scorer: nn.Module, batch: PairBatch, ref_per_token_logps: Tensor
         aux_losses=scores.aux_losses,
         policy_logps=policy_logps,
         ref_logps=ref_logps,
+        per_token_logratios=scores.per_token_logps.detach() - ref_per_token_logps,
+        end_token_ids=end_token_ids,
         beta=loss.beta,
     )
     return BatchScores(losses, scores.aux_losses, sums)

@@ -28,6 +28,11 @@ PAIR_METRICS = (
     "logps/accuracies",
 )
 
+# What tells of a run's health beside its metrics, summed over pairs too: moments of the length difference d (counted
+# tokens of the chosen side less those of the rejected one) and of the margin m, the distance from the reference in
+# nats a token, and the log-ratio of the tokens that end an answer, on the chosen side.
+HEALTH_SUMS = ("d", "d d", "m m", "d m", "distance", "end logratio", "end tokens")
+
 
 def sum_per_side(per_token_logps: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor]:
     """Sum [M] per-token log-probabilities over each side's completion tokens: chosen [B] and rejected [B], nats.
@@ -45,11 +50,13 @@ class PairTotals(NamedTuple):
         sums: over the pairs, of each of `PAIR_METRICS`.
         pairs: how many they are.
         tokens: real input tokens of theirs.
+        health: sums of each of `HEALTH_SUMS`.
     """
 
     sums: dict[str, float]
     pairs: float
     tokens: float
+    health: dict[str, float]
 
     def means(self, prefix: str = "") -> dict[str, float]:
         """Means over the pairs under their public names."""
@@ -57,8 +64,8 @@ class PairTotals(NamedTuple):
 
 
 def empty_sums(device: torch.device) -> Tensor:
-    """Zeros for the sums over pairs of PAIR_METRICS, the number of pairs and the number of tokens, float64."""
-    return torch.zeros(len(PAIR_METRICS) + 2, dtype=torch.float64, device=device)
+    """Zeros for the sums over pairs of PAIR_METRICS, then pairs, tokens and HEALTH_SUMS, float64."""
+    return torch.zeros(len(PAIR_METRICS) + 2 + len(HEALTH_SUMS), dtype=torch.float64, device=device)
 
 
 @torch.no_grad()
@@ -69,6 +76,8 @@ def pair_sums(
     aux_losses: Tensor,
     policy_logps: tuple[Tensor, Tensor],
     ref_logps: tuple[Tensor, Tensor],
+    per_token_logratios: Tensor,
+    end_token_ids: Tensor,
     beta: float,
 ) -> Tensor:
     """Sums over the pairs of one micro-batch, in `empty_sums`' layout.
@@ -77,6 +86,8 @@ def pair_sums(
         batch: the B pairs.
         losses: [B] weighted preference losses; `aux_losses` [B] router losses.
         policy_logps: chosen and rejected [B] summed log-probabilities; `ref_logps` likewise.
+        per_token_logratios: [M] the policy's log-probabilities less the reference's.
+        end_token_ids: of the tokens that end an answer.
         beta: scale of the rewards.
 
     Rewards are beta times the summed log-ratio, logps are sums over completion tokens. A tie is no accuracy.
@@ -99,13 +110,38 @@ def pair_sums(
         rejected_logps,
         likelier,
     ]
-    sums = empty_sums(losses.device)
-    sums[:-2] = torch.stack([column.double() for column in columns]).sum(dim=1)
-    sums[-2], sums[-1] = len(batch), batch.num_tokens
+    sums, metrics = empty_sums(losses.device), len(PAIR_METRICS)
+    sums[:metrics] = torch.stack([column.double() for column in columns]).sum(dim=1)
+    sums[metrics], sums[metrics + 1] = len(batch), batch.num_tokens
+    sums[metrics + 2 :] = _health_sums(batch, chosen_rewards - rejected_rewards, per_token_logratios, end_token_ids)
     return sums
+
+
+def _health_sums(batch: PairBatch, margins: Tensor, per_token_logratios: Tensor, end_token_ids: Tensor) -> Tensor:
+    longer = (batch.chosen_tokens - batch.rejected_tokens).double()
+    distances = sum_per_side(per_token_logratios.abs(), batch)
+    tokens = batch.chosen_tokens + batch.rejected_tokens
+    ends = torch.isin(batch.target_ids[batch.token_index], end_token_ids)
+    columns = [
+        longer,
+        longer.square(),
+        margins.double().square(),
+        longer * margins.double(),
+        (distances[0] + distances[1]) / tokens,
+        sum_per_side(per_token_logratios * ends, batch)[0],
+        sum_per_side(ends, batch)[0],
+    ]
+    return torch.stack(columns).sum(dim=1)
 
 
 def read_totals(sums: Tensor) -> PairTotals:
     """Sums in `empty_sums`' layout as named numbers; waits for the device."""
-    *metrics, pairs, tokens = sums.tolist()
-    return PairTotals(dict(zip(PAIR_METRICS, metrics, strict=True)), pairs, tokens)
+    values = sums.tolist()
+    metrics, (pairs, tokens), health = (
+        values[: len(PAIR_METRICS)],
+        values[len(PAIR_METRICS) : -len(HEALTH_SUMS)],
+        values[-len(HEALTH_SUMS) :],
+    )
+    return PairTotals(
+        dict(zip(PAIR_METRICS, metrics, strict=True)), pairs, tokens, dict(zip(HEALTH_SUMS, health, strict=True))
+    )

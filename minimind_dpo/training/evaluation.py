@@ -40,7 +40,8 @@ def evaluate(run: Run, data: TokenizedData) -> dict[str, float]:
             stop_together(engine, run.stop.signalled, "in an evaluation")
         for micro_batch, host_batch in zip(plan.micro_batches, batches, strict=True):
             batch = host_batch.to(engine.device)
-            scores = score_batch(run.scorer, batch, run.reference.per_token_logps(batch), run.loss)
+            ref_per_token_logps = run.reference.per_token_logps(batch)
+            scores = score_batch(run.scorer, batch, ref_per_token_logps, run.loss, run.end_token_ids)
             sums += scores.sums * micro_batch.counted
     run.scorer.train(was_training)
     return read_totals(engine.sum(sums)).means("eval_")

@@ -3,58 +3,29 @@
 from __future__ import annotations
 
 import logging
-import math
-import time
 from collections import deque
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from tqdm.auto import tqdm
 
 from minimind_dpo.checkpoints.directory import save_checkpoint
-from minimind_dpo.checkpoints.state import TrainerState
-from minimind_dpo.errors import StoppedEarly, TrainingError
+from minimind_dpo.errors import StoppedEarly
 from minimind_dpo.models.saving import describe_adapter, describe_model
 from minimind_dpo.objective.step import score_batch
-from minimind_dpo.objective.sums import PairTotals, empty_sums, read_totals
+from minimind_dpo.objective.sums import empty_sums
 from minimind_dpo.training.batches import LoadedStep, load_steps
 from minimind_dpo.training.evaluation import evaluate
+from minimind_dpo.training.health import HealthWatch
 from minimind_dpo.training.metrics import peak_memory_gib
+from minimind_dpo.training.numbers import StepNumbers, StepResult, read_step
+from minimind_dpo.training.progress import Clock, progress_bar, show
 from minimind_dpo.training.run import Run
 from minimind_dpo.training.run_directory import RunLog
 from minimind_dpo.training.schedule import is_due, learning_rate_schedule
 from minimind_dpo.training.visibility import UpdateWatch
 
 logger = logging.getLogger(__name__)
-
-
-class StepResult(NamedTuple):
-    """What an optimizer step leaves on the device.
-
-    Attributes:
-        step: its number.
-        learning_rate: that it used.
-        sums: of its pairs' metrics on all ranks, in the layout of `objective/sums.py`.
-        stop_requests: ranks that were asked to stop, a scalar.
-        grad_norm: before clipping, a scalar.
-    """
-
-    step: int
-    learning_rate: float
-    sums: Tensor
-    stop_requests: Tensor
-    grad_norm: Tensor
-
-
-class StepNumbers(NamedTuple):
-    """A step's result read back: totals of its pairs, its gradient norm, whether any rank was asked to stop."""
-
-    totals: PairTotals
-    grad_norm: float
-    stops: bool
 
 
 def train(run: Run, log: RunLog) -> None:
@@ -72,8 +43,8 @@ def train(run: Run, log: RunLog) -> None:
         config.lr_scheduler_type, config.learning_rate, state.total_steps, config.warmup_ratio or 0.0
     )
     run.scorer.train()
-    clock, watch = _Clock(state), UpdateWatch(run)
-    progress = _progress_bar(run)
+    clock, watch, health = Clock(state), UpdateWatch(run), HealthWatch(run, schedule)
+    progress = progress_bar(run)
     unread: deque[StepResult] = deque()
     stopped = False
     if log.lacks_evaluation(run):
@@ -87,10 +58,12 @@ def train(run: Run, log: RunLog) -> None:
         )
         while unread and (len(unread) > _steps_ahead(run) or stopped or logs or evaluates or saves):
             result = unread.popleft()
-            numbers = _read(run, result)
+            numbers = read_step(run, result)
             stopped |= numbers.stops
             clock.count(numbers.totals)
-            _show(progress, numbers.totals, clock)
+            show(progress, numbers.totals, clock)
+            if not numbers.skipped:
+                health.take(result.step, numbers.totals, numbers.grad_norm)
         if logs:
             _log_step(run, log, numbers, result.learning_rate, clock)
             watch.look()
@@ -122,7 +95,8 @@ def optimizer_step(run: Run, loaded: LoadedStep, learning_rate: float) -> StepRe
         last = index == len(plan.micro_batches) - 1
         with engine.accumulate(last):
             batch = host_batch.to(engine.device)
-            scores = score_batch(run.scorer, batch, run.reference.per_token_logps(batch), run.loss)
+            ref_per_token_logps = run.reference.per_token_logps(batch)
+            scores = score_batch(run.scorer, batch, ref_per_token_logps, run.loss, run.end_token_ids)
             loss = (scores.losses + scores.aux_losses).sum().float() * (scale * micro_batch.counted)
             engine.backward(loss, last)
         sums += scores.sums * micro_batch.counted
@@ -141,30 +115,7 @@ def _steps_ahead(run: Run) -> int:
     return 0 if run.engine.device.type == "cpu" else 1
 
 
-def _read(run: Run, result: StepResult) -> StepNumbers:
-    """Wait for the device and read a step's result.
-
-    Raises:
-        TrainingError: the loss or the gradient norm is not finite.
-    """
-    totals, grad_norm = read_totals(result.sums), float(result.grad_norm)
-    _check_finite(run, result.step, "loss", list(totals.sums.values()))
-    if not run.engine.skips_overflows:
-        _check_finite(run, result.step, "gradient norm", [grad_norm])
-    return StepNumbers(totals, grad_norm, stops=float(result.stop_requests) > 0)
-
-
-def _check_finite(run: Run, step: int, what: str, values: list[float]) -> None:
-    if all(math.isfinite(value) for value in values):
-        return
-    places = [run.train_data.dataset[int(pair)]["place"] for pair in run.order.step_pairs(step)[:8]]
-    raise TrainingError(
-        f"the {what} of optimizer step {step} is not finite; the run ends before that step. Pairs of the step: "
-        f"{', '.join(places)}. Try a lower learning_rate, or bf16 instead of fp16."
-    )
-
-
-def _evaluate(run: Run, log: RunLog, clock: _Clock) -> None:
+def _evaluate(run: Run, log: RunLog, clock: Clock) -> None:
     """Record an evaluation. One that is stopped is made again when the run goes on.
 
     Raises:
@@ -181,7 +132,7 @@ def _evaluate(run: Run, log: RunLog, clock: _Clock) -> None:
     clock.restart()
 
 
-def _log_step(run: Run, log: RunLog, numbers: StepNumbers, learning_rate: float, clock: _Clock) -> None:
+def _log_step(run: Run, log: RunLog, numbers: StepNumbers, learning_rate: float, clock: Clock) -> None:
     pairs_per_second, tokens_per_second = clock.rates()
     values = numbers.totals.means() | {
         "learning_rate": learning_rate,
@@ -190,11 +141,13 @@ def _log_step(run: Run, log: RunLog, numbers: StepNumbers, learning_rate: float,
         "tokens_per_second": tokens_per_second,
         "peak_memory_gib": peak_memory_gib(run.engine),
     }
+    if run.state.skipped_steps:
+        values["skipped_steps"] = len(run.state.skipped_steps)
     log.record(run, values)
     clock.restart()
 
 
-def _save(run: Run, log: RunLog, clock: _Clock) -> None:
+def _save(run: Run, log: RunLog, clock: Clock) -> None:
     clock.store(run.state)
     log.sync()
     save_checkpoint(
@@ -208,46 +161,3 @@ def _describe(run: Run, directory: Path) -> None:
     describe_model(run.policy, directory)
     describe_adapter(run.policy, directory)
     run.tokenizer.save_pretrained(directory)
-
-
-def _progress_bar(run: Run) -> Any:
-    return tqdm(
-        total=run.state.total_steps,
-        initial=run.state.step,
-        unit="step",
-        dynamic_ncols=True,
-        disable=not run.engine.is_main,
-    )
-
-
-def _show(progress: Any, totals: PairTotals, clock: _Clock) -> None:
-    means = totals.means()
-    progress.update()
-    progress.set_postfix_str(
-        f"loss {means['loss']:.4f} acc {means['rewards/accuracies']:.2f} "
-        f"margin {means['rewards/margins']:.3f} {clock.rates()[0]:.1f} pairs/s",
-        refresh=False,
-    )
-
-
-class _Clock:
-    """Wall time of the run over all its sessions, and rates since the last `restart`."""
-
-    def __init__(self, state: TrainerState):
-        self._begin = time.perf_counter() - state.seconds
-        self.restart()
-
-    def restart(self) -> None:
-        self._since, self._pairs, self._tokens = time.perf_counter(), 0.0, 0.0
-
-    def count(self, totals: PairTotals) -> None:
-        self._pairs += totals.pairs
-        self._tokens += totals.tokens
-
-    def rates(self) -> tuple[float, float]:
-        """Pairs and tokens a second, over all ranks."""
-        elapsed = max(time.perf_counter() - self._since, 1e-9)
-        return self._pairs / elapsed, self._tokens / elapsed
-
-    def store(self, state: TrainerState) -> None:
-        state.seconds = time.perf_counter() - self._begin

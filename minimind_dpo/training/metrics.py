@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -32,13 +33,19 @@ class MetricsFile:
         return [json.loads(line) for line in complete if line.endswith("\n")]
 
     def append(self, line: dict[str, Any]) -> None:
-        """Write one line and hand it to the operating system."""
+        """Write one line and hand it to the operating system; a number that is not finite becomes null."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(_dump(line))
+            file.write(_dump(_without_nan(line)))
 
     def sync(self) -> None:
         """Make what is written survive a power cut."""
         sync(self.path)
+
+
+def _without_nan(line: dict[str, Any]) -> dict[str, Any]:
+    """The same line with null for numbers that are not finite, which JSON does not have."""
+    is_wrong = {name: isinstance(value, float) and not math.isfinite(value) for name, value in line.items()}
+    return {name: None if is_wrong[name] else value for name, value in line.items()}
 
 
 def _dump(line: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from minimind_dpo.checkpoints.state import TrainerState
@@ -39,6 +40,7 @@ class Run:
         state: what the run knows of itself; its `step` advances.
         tokenizer: saved with every model.
         stop: whether this process was asked to stop.
+        end_token_ids: of the tokens that end an answer, on the engine's device.
     """
 
     config: TrainConfig
@@ -54,6 +56,7 @@ class Run:
     state: TrainerState
     tokenizer: Any
     stop: StopRequest
+    end_token_ids: Tensor
 
     @property
     def policy(self) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import socket
 import time
@@ -90,7 +91,7 @@ class RunLog:
         epoch, pairs_seen = step / run.order.steps_per_epoch, run.order.pairs_seen(step)
         if self.metrics is not None:
             self.metrics.append({"step": step, "epoch": epoch, "pairs_seen": pairs_seen} | values)
-        run.engine.track(values | {"epoch": epoch, "pairs_seen": pairs_seen}, step)
+        run.engine.track(_numbers(values) | {"epoch": epoch, "pairs_seen": pairs_seen}, step)
 
     def lacks_evaluation(self, run: Run) -> bool:
         """Whether the run's present step has an evaluation, which is not recorded. Collective."""
@@ -159,6 +160,7 @@ def _summary(run: Run, lines: list[dict[str, Any]], peak_memory: float) -> dict[
         "peak_memory_gib": peak_memory,
         "reference_digest": state.identity["reference_digest"],
         "matmul": state.identity["matmul"],
+        "skipped_steps": len(state.skipped_steps),
     }
     evaluations = [line for line in lines if "eval_loss" in line]
     if evaluations:
@@ -175,6 +177,11 @@ def _replacing_on_main(engine: Engine, final: Path) -> Iterator[Path | None]:
     with replacing(final) as new:
         new.mkdir()
         yield new
+
+
+def _numbers(values: dict[str, float]) -> dict[str, float]:
+    """Those that are finite; trackers know no others."""
+    return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def _eval_metrics(line: dict[str, Any]) -> dict[str, float]:

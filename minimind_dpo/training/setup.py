@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from minimind_dpo.checkpoints.directory import load_checkpoint
@@ -84,6 +86,7 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
         state=state,
         tokenizer=tokenizer,
         stop=stop,
+        end_token_ids=_end_token_ids(policy, tokenizer).to(engine.device),
     )
 
 
@@ -215,6 +218,13 @@ def _tokenize(config: TrainConfig, source: list[str], tokenizer: Any, go_on: Cal
         on_bad_row=config.on_bad_row,
         go_on=go_on,
     )
+
+
+def _end_token_ids(model: PreTrainedModel, tokenizer: Any) -> Tensor:
+    """What ends an answer, by the tokenizer and by the model's settings of generation, ascending."""
+    told = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = {tokenizer.eos_token_id, *(told if isinstance(told, list) else [told])}
+    return torch.tensor(sorted(token for token in ids if token is not None), dtype=torch.long)
 
 
 def _positions(order: PairOrder, steps: int) -> Sequence[int]:
