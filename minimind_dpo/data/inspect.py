@@ -10,10 +10,10 @@ from itertools import groupby
 from typing import Any
 
 from minimind_dpo.config import COMPLETION_MASKS
-from minimind_dpo.data.chat import TokenizedPair, encode_pair, find_drop, load_tokenizer, shared_prefix_length
+from minimind_dpo.data.chat import TokenizedPair, check_settings, cut, load_tokenizer, shared_prefix_length
+from minimind_dpo.data.drops import DroppedRow, encode_whole, find_drop
 from minimind_dpo.data.records import PreferencePair, parse_line
 from minimind_dpo.data.sources import find_files, read_rows
-from minimind_dpo.data.spans import SpanError
 from minimind_dpo.errors import UserError
 
 _GREEN, _RESET = "\033[32m", "\033[0m"
@@ -28,11 +28,11 @@ def run_inspect(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     tokenizer = load_tokenizer(args.tokenizer)
     pair = find_pair(args.data, args.index)
-    try:
-        tokenized = encode_pair(pair, tokenizer, max_length=args.max_length, completion_mask=args.completion_mask)
-    except SpanError as error:
-        raise UserError(f"{pair.place}: can't tell where the answer lies: {error}") from None
-    drop = find_drop(pair, tokenized)
+    check_settings(tokenizer, args.max_length, args.completion_mask)
+    whole = encode_whole(pair, tokenizer, args.completion_mask)
+    if isinstance(whole, DroppedRow):
+        raise UserError(whole.message)
+    drop, tokenized = find_drop(pair, whole, args.max_length), cut(whole, args.max_length)
     if drop is not None:
         print(f"this pair would be dropped ({drop.reason}): {drop.message}", file=sys.stderr)
     if args.json:
