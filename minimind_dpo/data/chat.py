@@ -71,6 +71,8 @@ def encode_pair(pair: PreferencePair, tokenizer: Any, *, max_length: int, comple
 
 def cut(pair: TokenizedPair, max_length: int) -> TokenizedPair:
     """The pair with at most `max_length` tokens a side; more are cut off on the right."""
+    if max(len(pair.chosen_input_ids), len(pair.rejected_input_ids)) <= max_length:
+        return pair
     return replace(
         pair,
         chosen_input_ids=pair.chosen_input_ids[:max_length],

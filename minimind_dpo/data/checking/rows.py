@@ -26,6 +26,7 @@ ROW = np.dtype(
 )
 _LONG_PROMPT = 24  # characters, wide ones count double; "How are you?" may well stand in two data sets
 _WIDE = "\u2e80"  # from here on a character is taken to be as wide as two
+_encode = json.JSONEncoder(sort_keys=True, default=str).encode  # a pair's columns can hold anything that Arrow can
 
 Finding = tuple[int, str, str]  # index of the row in its block, reason, detail
 
@@ -95,9 +96,11 @@ def _lengths(whole: TokenizedPair) -> tuple[int, ...]:
 
 
 def _keys(pair: PreferencePair) -> tuple[int, int, int]:
-    chosen, rejected = (_digest([pair.tools, side]) for side in (pair.chosen, pair.rejected))
-    prompt = pair.chosen[: pair.prompt_messages]
-    return chosen, rejected, _digest(list(map(_said, prompt))) if _is_long(prompt) else 0
+    shared = pair.prompt_messages
+    prompt, said = pair.chosen[:shared], list(map(_said, pair.chosen[:shared]))
+    head = _encode([pair.tools, prompt])
+    chosen, rejected = (_digest(head + _encode(side[shared:])) for side in (pair.chosen, pair.rejected))
+    return chosen, rejected, _digest(_encode(said)) if _is_long(said) else 0
 
 
 def _said(message: Message) -> tuple[str, str]:
@@ -105,12 +108,11 @@ def _said(message: Message) -> tuple[str, str]:
     return message["role"], " ".join(str(message.get("content") or "").split())
 
 
-def _is_long(prompt: list[Message]) -> bool:
-    text = "".join(_said(message)[1] for message in prompt if message["role"] != "system")
+def _is_long(said: list[tuple[str, str]]) -> bool:
+    text = "".join(words for role, words in said if role != "system")
     return len(text) >= _LONG_PROMPT or sum(1 + (character >= _WIDE) for character in text) >= _LONG_PROMPT
 
 
-def _digest(value: Any) -> int:
-    """8 bytes that name a value that JSON can hold."""
-    text = json.dumps(value, sort_keys=True, default=str)
+def _digest(text: str) -> int:
+    """8 bytes that name a text."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
