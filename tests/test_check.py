@@ -149,9 +149,15 @@ def test_clean_rows_are_clean(family: str, tmp_path: Path, check: Any) -> None:
     assert (code, report["kept"], report["findings"], report["eval"]["findings"]) == (0, 100, [], [])
 
 
-def test_trajectories_that_part_at_an_answer_are_clean(tmp_path: Path, check: Any) -> None:
-    pair = {"chosen": say("q", "a", "go on", "b"), "rejected": say("q", "c", "no, that's wrong", "d")}
-    assert check(write_jsonl(tmp_path / "f.jsonl", [pair]))[1]["findings"] == []
+def test_trajectories_are_no_fault(tmp_path: Path, check: Any) -> None:
+    rows = [
+        {"chosen": say("q", "a", "go on", "b"), "rejected": say("q", "c", "no, that's wrong", "d")},
+        {"chosen": say("q", "a", "go on", "b"), "rejected": say("q", "c")},
+    ]
+    path = write_jsonl(tmp_path / "f.jsonl", rows)
+    code, report = check(path)
+    assert (code, found(report)) == (0, {"parts_early": (2, [f"{path}:1", f"{path}:2"])})
+    assert report["findings"][0]["severity"] == "info"
 
 
 def save_tokenizer(path: Path, template: str, family: str = "minimind2") -> Path:
@@ -235,6 +241,27 @@ def test_a_damaged_file_is_a_finding(tmp_path: Path, check: Any) -> None:
     code, report = check(str(path))
     assert (code, report["rows"], report["kept"]) == (1, 4, 3)
     assert found(report) == {"malformed_row": (1, [f"{path}:5"])}
+
+
+def test_details_are_short(tmp_path: Path, check: Any) -> None:
+    refused = [{"key\n" * 999: 1}, {"k" * 999: 1}]
+    path = write_jsonl(tmp_path / "f.jsonl", [*clean_rows(3), *refused])
+    check(path, ledger=tmp_path / "l.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "l.jsonl").read_text().splitlines()]
+    assert [len(line["detail"]) for line in lines] == [300, 300]
+    assert all(line["detail"].startswith("found the keys k") and "\n" not in line["detail"] for line in lines)
+
+
+def test_a_file_that_cannot_be_read_is_no_finding(
+    tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(file: Any) -> Any:
+        raise PermissionError(13, "Permission denied", file.name)
+
+    monkeypatch.setattr("minimind_dpo.data.checking.survey.read_rows", refused)
+    path = write_jsonl(tmp_path / "f.jsonl", clean_rows(2))
+    assert cli(["data", "check", "--data", path, "--tokenizer", tokenizer]) == 2
+    assert f"{path}: can't be read: [Errno 13] Permission denied" in capsys.readouterr().err
 
 
 def test_nothing_is_kept(tmp_path: Path, check: Any) -> None:

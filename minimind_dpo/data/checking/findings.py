@@ -39,6 +39,7 @@ REASONS = {
     "prompt_differs": Reason("warning", "let both sides answer the same prompt: its difference would be learnt too"),
     "duplicate_pair": Reason("warning", "remove the copies: they count as often as they occur (weight does that, too)"),
     "contradictory_pair": Reason("warning", "decide which answer is better: these pairs cancel each other"),
+    "parts_early": Reason("info", "nothing, if these are trajectories; else let both sides have the same history"),
     "truncated": Reason("info", "raise max_length where the answers' ends matter"),
 }
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from minimind_dpo.data.chat import WHOLE, TokenizedPair, shared_prefix_length
-from minimind_dpo.data.checking.rules import double_bos, missing_end_token, prompt_difference
+from minimind_dpo.data.checking.rules import double_bos, early_parting, missing_end_token, prompt_difference
 from minimind_dpo.data.drops import DroppedRow, encode_whole, find_drop
 from minimind_dpo.data.processes import RowBlock, Settings
 from minimind_dpo.data.records import Message, PreferencePair, RowError, parse_line
@@ -76,6 +76,7 @@ def _check_row(
     if drop is None:
         rules = {
             "prompt_differs": prompt_difference(pair),
+            "parts_early": early_parting(pair),
             "double_bos": double_bos(pair, whole, tokenizer),
             "missing_end_token": missing_end_token(whole, tokenizer),
         }

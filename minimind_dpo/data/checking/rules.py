@@ -30,10 +30,7 @@ def special_tokens(tokenizer: Any) -> SpecialTokens:
 
 
 def prompt_difference(pair: PreferencePair) -> str | None:
-    """Whether the two sides answer different prompts.
-
-    They may part at an assistant's message, as two trajectories do; not at what was said to the assistant.
-    """
+    """Whether the two sides answer different prompts: they part at something that was said to the assistant."""
     at = pair.prompt_messages
     chosen, rejected = pair.chosen[at], pair.rejected[at]
     if chosen == rejected and len(pair.chosen) != len(pair.rejected):
@@ -42,6 +39,13 @@ def prompt_difference(pair: PreferencePair) -> str | None:
     if roles != {"assistant"}:
         return f"the sides differ from message {at + 1} on ({' and '.join(sorted(roles))}), before the answers"
     return None
+
+
+def early_parting(pair: PreferencePair) -> str | None:
+    """Whether the two sides part at an answer before their last one, as two trajectories do."""
+    at = pair.prompt_messages
+    last = at == len(pair.chosen) - 1 == len(pair.rejected) - 1
+    return None if last or prompt_difference(pair) else f"the sides part at message {at + 1}, an earlier answer"
 
 
 def double_bos(pair: PreferencePair, whole: TokenizedPair, tokenizer: Any) -> str | None:

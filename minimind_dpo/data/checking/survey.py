@@ -20,6 +20,7 @@ from minimind_dpo.data.records import RowError
 from minimind_dpo.data.sources import DataFile, find_files, read_rows
 from minimind_dpo.errors import UserError
 
+_LONGEST_DETAIL = 300  # characters; a row that is refused may be quoted at any length
 _WORDS = {
     "duplicate_pair": "the same as",
     "contradictory_pair": "the same answers the other way round at",
@@ -75,6 +76,9 @@ class Survey:
 
     def note(self, source: int, reason: str, place: str, detail: str, ledger: Ledger) -> None:
         """Count a finding, for its source and in all, and write it down."""
+        detail = " ".join(detail.split())
+        if len(detail) > _LONGEST_DETAIL:
+            detail = f"{detail[: _LONGEST_DETAIL - 4]} ..."
         for findings in (self.findings, self.sources[source].findings):
             findings.add(reason, place, detail)
         ledger.write(reason, place, detail)
@@ -94,6 +98,8 @@ class Survey:
             except UserError as error:
                 place, _, message = str(error).partition(": ")
                 yield number, row + 1, place, RowError("damaged_file", f"{message}; nothing after it is read")
+            except OSError as error:
+                raise UserError(f"{file.name}: can't be read: {error}") from None
 
 
 def survey(names: list[str], tokenizer: Any, settings: Settings, processes: int | None, ledger: Ledger) -> Survey:
