@@ -105,7 +105,7 @@ class Survey:
 def survey(names: list[str], tokenizer: Any, settings: Settings, processes: int | None, ledger: Ledger) -> Survey:
     """Check every row of the data by itself, and rows against each other.
 
-    Memory grows by 60 bytes a row, and by about as much again while they are compared.
+    Memory grows by 60 bytes a row, and while rows are compared by up to 160 more.
 
     Args:
         names: sources, each anything that `find_files` accepts.
@@ -128,6 +128,7 @@ def survey(names: list[str], tokenizer: Any, settings: Settings, processes: int 
             arrays.append(checked.rows)
             bar.update(len(block))
     found.pairs = np.concatenate(arrays)
+    del arrays
     kept = found.kept()
     for index, reason, other in find_repeats(kept):
         found.note_pair(kept[index], reason, found.place(kept[other]), ledger)
