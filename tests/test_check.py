@@ -387,6 +387,19 @@ def test_the_page(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out.endswith("\nFIT: nothing was found that training should not see.\n")
 
 
+def test_the_page_of_several_sources(tmp_path: Path, tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    one = write_jsonl(
+        tmp_path / "f.jsonl", [row("q", chosen="a longer answer"), row("p", chosen="a", rejected="b c d")]
+    )
+    two = write_jsonl(tmp_path / "g.jsonl", [b"{"])
+    assert cli(["data", "check", "--data", one, two, "--tokenizer", tokenizer, "--eval_data", one]) == 1
+    page = capsys.readouterr().out
+    assert f"{one}: 2 of 2 kept; 2 leak_into_eval; tokens a side: median" in page and "chosen longer in 50.0%\n" in page
+    assert f"\n{two}: 0 of 1 kept; 1 malformed_row\n" in page
+    assert f"Evaluation data\n\n{one}: 2 of 2 rows are kept by training; nothing is wrong with them\n" in page
+    assert page.endswith("\nNOT FIT: malformed_row, leak_into_eval must be mended first.\n")
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

@@ -66,7 +66,12 @@ def _sources(report: dict[str, Any]) -> list[str]:
     lines = []
     for source in report.get("sources", []):
         counts = ", ".join(f"{finding['count']} {finding['reason']}" for finding in source["findings"])
-        lines.append(f"{source['source']}: {source['kept']} of {source['rows']} kept; {counts or 'nothing found'}")
+        line = f"{source['source']}: {source['kept']} of {source['rows']} kept; {counts or 'nothing found'}"
+        if source["length_bias"] is not None:
+            side = source["lengths"]["longer_side"]
+            line += f"; tokens a side: median {side['median']:g}, p95 {side['p95']}"
+            line += f"; chosen longer in {source['length_bias']:.1%}"
+        lines.append(line)
     return ["\n".join(lines)] if lines else []
 
 
