@@ -4,8 +4,8 @@
 
 Rows have the lengths of real pairs (`benchmarks/tokenizing.py`); from 10,000 on the same ones come again with a number
 of their own. In each file some rows of each kind of fault are planted: what is found must be these and no others.
-Both commands run in processes of their own, one after the other, with an empty cache. Memory is what the main process
-holds at its peak beyond what it holds with a tokenizer loaded.
+Both commands run in processes of their own, one after the other, with an empty cache. CPU seconds are those of all
+processes; memory is what the main one holds at its peak beyond what it holds with a tokenizer loaded.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def measure_once(way: str, file: str, scratch: str, name: str) -> None:
     os.environ["MINIMIND_DPO_CACHE"] = scratch
     tokenizer = load_tokenizer(name)
     tokenizer(["warm"])
-    before = peak()
+    before, spent = peak(), cpu_seconds()
     flags = ["--data", file, "--eval_data", f"{scratch}/held.jsonl", "--tokenizer", name, "--json"]
     ways = {
         "check": lambda: run_check([*flags, "--max_length", str(_MAX_LENGTH), "--ledger", f"{scratch}/ledger.jsonl"]),
@@ -117,7 +117,13 @@ def measure_once(way: str, file: str, scratch: str, name: str) -> None:
         ),
     }
     taken = seconds(ways[way])
-    print("\n" + json.dumps({"seconds": taken, "mib": peak() - before}))
+    print("\n" + json.dumps({"seconds": taken, "cpu": cpu_seconds() - spent, "mib": peak() - before}))
+
+
+def cpu_seconds() -> float:
+    """What this process has used, and those that it has started and that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def peak() -> float:
@@ -157,8 +163,8 @@ def main() -> None:
     from minimind_dpo.data.chat import load_tokenizer
 
     tokenizer = load_tokenizer(options.tokenizer)
-    print("| rows | check, s | memory, MiB | tokenize, s | memory, MiB | check / tokenize | findings |")
-    print("|---|---|---|---|---|---|---|")
+    print("| rows | check: s | CPU s | MiB | tokenize: s | CPU s | MiB | ratio of s | of CPU s | findings |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for size in options.sizes:
         with tempfile.TemporaryDirectory() as directory:
             scratch = Path(directory)
@@ -166,11 +172,10 @@ def main() -> None:
             file.write_text("".join(f"{line}\n" for line in lines(size, tokenizer)), "utf-8")
             planted = plant(file, scratch / "held.jsonl", options.planted, tokenizer.bos_token)
             check, tokenize = (measured(way, file, scratch, options.tokenizer) for way in ("check", "tokenize"))
-            cells = [f"{way[key]:.1f}" for way in (check, tokenize) for key in ("seconds", "mib")]
-            ratio = f"{check['seconds'] / tokenize['seconds']:.2f}"
-            print(
-                f"| {size} | {' | '.join(cells)} | {ratio} | {verdict(scratch / 'ledger.jsonl', planted)} |", flush=True
-            )
+            cells = [f"{way[key]:.1f}" for way in (check, tokenize) for key in ("seconds", "cpu", "mib")]
+            cells += [f"{check[key] / tokenize[key]:.2f}" for key in ("seconds", "cpu")]
+            cells.append(verdict(scratch / "ledger.jsonl", planted))
+            print(f"| {size} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
