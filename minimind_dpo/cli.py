@@ -15,6 +15,7 @@ VERBS = {
     "precompute": ("minimind_dpo.precompute", "main", "fill the reference cache that train reads"),
     "demo": ("minimind_dpo.demo.run", "run_demo", "train the embedded demo and show replies before and after"),
     "data inspect": ("minimind_dpo.data.inspect", "run_inspect", "show a pair as the model sees it"),
+    "data check": ("minimind_dpo.data.check", "run_check", "find what is wrong with data before a run is spent on it"),
     "export": ("minimind_dpo.export", "run_export", "write a model for transformers or for MiniMind"),
     "plan": ("minimind_dpo.planning.command", "run_plan", "predict the memory a run needs, and what fits"),
 }

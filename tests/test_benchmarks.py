@@ -16,12 +16,14 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(REPOSITORY))  # `benchmarks` is no part of the installed package
 
-from benchmarks import throughput, workloads  # noqa: E402
+from benchmarks import checking, throughput, workloads  # noqa: E402
 from benchmarks.padded import naive_losses  # noqa: E402
 from benchmarks.peers import _grouped, contest  # noqa: E402
 from benchmarks.targets import check_targets  # noqa: E402
 from benchmarks.workers import Gate, Window, Worker, WorkerFailed  # noqa: E402
 from minimind_dpo.data.batch import pack_pairs  # noqa: E402
+from minimind_dpo.data.chat import load_tokenizer  # noqa: E402
+from minimind_dpo.data.check import run_check  # noqa: E402
 from minimind_dpo.data.tokenized import tokenize_files  # noqa: E402
 
 VOCAB = 80
@@ -211,3 +213,15 @@ def test_figures_and_verdicts(job: workloads.Job, capsys: pytest.CaptureFixture[
     ):
         assert line in printed
     assert "peak memory over trl_mb1" not in printed and "share of" not in printed
+
+
+def test_what_is_planted_is_what_data_check_finds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = load_tokenizer(checking.DEMO_TOKENIZER)
+    path, held, ledger = (tmp_path / name for name in ("rows.jsonl", "held.jsonl", "ledger.jsonl"))
+    path.write_text("".join(f"{line}\n" for line in checking.lines(100, tokenizer)), "utf-8")
+    planted = checking.plant(path, held, 3, tokenizer.bos_token)
+    argv = ["--data", str(path), "--eval_data", str(held), "--tokenizer", str(checking.DEMO_TOKENIZER), "--json"]
+    assert run_check([*argv, "--max_length", "2048", "--ledger", str(ledger)]) == 1
+    assert checking.verdict(ledger, planted) == "30 planted, 0 missed, 0 false"
+    planted["double_bos"] = {"elsewhere"}
+    assert checking.verdict(ledger, planted) == "28 planted, 1 missed, 3 false"

@@ -10,14 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from minimind_dpo.data.chat import (
-    DroppedRow,
-    TokenizedPair,
-    encode_pair,
-    load_tokenizer,
-    shared_prefix_length,
-    tokenize_pair,
-)
+from minimind_dpo.data.chat import TokenizedPair, encode_pair, load_tokenizer, shared_prefix_length
+from minimind_dpo.data.drops import DroppedRow, tokenize_pair
 from minimind_dpo.data.records import PreferencePair, RowError, parse_row
 from minimind_dpo.data.spans import chat_template
 from minimind_dpo.errors import UserError
@@ -290,6 +284,7 @@ def test_columns_travel_with_the_pair() -> None:
         (row("question", rejected=" \n "), "empty_answer"),
         (row("question", chosen=""), "empty_answer"),
         (row("question " * 200), "no_completion_token"),
+        (row("question " * 200, chosen="same", rejected="same"), "identical_sides"),  # whatever max_length is
     ],
 )
 @pytest.mark.parametrize("mask", ["all_assistant", "final_turn"])
@@ -301,7 +296,7 @@ def test_pairs_without_signal_are_dropped(pair: dict[str, Any], reason: str, mas
 
 def test_answers_cut_off_behind_earlier_turns() -> None:
     pair = row("a", "b", "question " * 200)
-    assert done(pair, max_length=64).reason == "identical_sides"
+    assert done(pair, max_length=64).reason == "identical_after_truncation"
     assert done(pair, max_length=64, mask="final_turn").reason == "no_completion_token"
 
 

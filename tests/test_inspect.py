@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers_data import row, say, tiny_tokenizer, write_jsonl
+from rich.cells import cell_len
 
 from minimind_dpo.data import inspect
 from minimind_dpo.data.inspect import run_inspect
@@ -62,14 +64,71 @@ def test_a_pair_that_would_be_dropped_is_shown_with_the_reason(
     assert result["shared_prefix_tokens"] == len(result["chosen"]["input_ids"]) - 1
 
 
-def test_text(files: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     run_inspect(files)
     printed = capsys.readouterr().out
     assert "<|im_start|>assistant\n«b<|im_end|>\n»<|im_start|>user\nquestion" in printed
     assert f"{files[1]}:1: the two sides share their first" in printed
+
+
+def in_terminal(
+    argv: list[str], width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[str], list[str]]:
+    """What a terminal of that width gets: lines as they are, and without their colours."""
     monkeypatch.setattr(inspect, "_wants_colour", lambda: True)
-    run_inspect(files)
-    assert "assistant\n\033[32mhello there<|im_end|>\n\033[0m" in capsys.readouterr().out
+    for name, value in (("COLUMNS", str(width)), ("FORCE_COLOR", "1"), ("TERM", "xterm")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert run_inspect(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    return lines, [re.sub(r"\033\[[\d;]*m", "", line) for line in lines]
+
+
+def columns(lines: list[str], width: int) -> tuple[list[str], list[str]]:
+    """The lines of both columns, which are as wide as each other, without what fills them up."""
+    each = (width - 5) // 2
+    return [line[1 : 1 + each].rstrip() for line in lines], [line[4 + each : 4 + 2 * each].rstrip() for line in lines]
+
+
+def test_a_terminal_gets_both_sides_beside_each_other(
+    files: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = shown(capsys, files)["shared_prefix_tokens"]
+    coloured, lines = in_terminal(files, 60, capsys, monkeypatch)
+    assert all(cell_len(line) <= 60 for line in lines)
+    mark = next(at for at, line in enumerate(lines) if f"▲ {shared} shared tokens" in line)
+    header = next(at for at, line in enumerate(lines) if "chosen:" in line)
+    left, right = columns(lines[header + 1 : mark], 60)
+    assert left == right and "<|im_start|>assistant↵" in left and any("question<|im_end|>↵" in line for line in left)
+    left, right = columns(lines[mark + 1 :], 60)
+    assert ("".join(left), "".join(right)) == (" there<|im_end|>↵", " you<|im_end|>↵")
+    assert any("\033[2;32mb<|im_end|>↵" in line for line in coloured[:mark])  # shared, and it counts
+    assert any("\033[2m<|im_start|>assistant↵" in line for line in coloured[:mark])
+    assert any("\033[32m" in line and "you<|im_end|>" in line for line in coloured[mark:])
+
+
+def test_wide_characters_and_what_a_terminal_would_obey(
+    tmp_path: Path, files: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = row("你好，世界" * 20, chosen="世界世界\033[31m红\x07", rejected="丗界\u202e")  # 世 and 丗 share two bytes
+    path = write_jsonl(tmp_path / "wide.jsonl", [pair])
+    for width in (40, 61, 100):
+        coloured, lines = in_terminal(["--data", path, *files[2:]], width, capsys, monkeypatch)
+        assert all(cell_len(line) <= width for line in lines)
+        mark = next(at for at, line in enumerate(lines) if "▲" in line)
+        assert "\ufffd" not in "".join(lines) and sum(line.count("界") for line in lines[:mark]) == 40
+        assert "世界世界␛[31m红␇" in "".join(lines[mark:]).replace(" ", "") or width == 40
+        assert "丗界<202E>" in "".join(lines[mark:])
+        assert "\033[31m" not in "".join(coloured)
+
+
+@pytest.mark.parametrize("no_color, terminal, coloured", [("", True, True), ("1", True, False), ("", False, False)])
+def test_colour_is_for_terminals_that_want_it(
+    no_color: str, terminal: bool, coloured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setattr(inspect.sys.stdout, "isatty", lambda: terminal)
+    assert inspect._wants_colour() == coloured
 
 
 def test_errors(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,8 @@ import pytest
 from helpers_data import row, tiny_tokenizer, write_jsonl
 
 from minimind_dpo.data import cache, processes, tokenized
-from minimind_dpo.data.chat import shared_prefix_length, tokenize_pair
+from minimind_dpo.data.chat import shared_prefix_length
+from minimind_dpo.data.drops import tokenize_pair
 from minimind_dpo.data.records import RowError, parse_row
 from minimind_dpo.data.tokenized import tokenize_files
 from minimind_dpo.errors import UserError
@@ -169,7 +170,7 @@ def test_no_usable_pair(tmp_path: Path) -> None:
 
 
 def test_any_number_of_processes_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenized, "_ROWS_PER_BLOCK", 8)
+    monkeypatch.setattr(processes, "_ROWS_PER_BLOCK", 8)
     rows = [row(f"question {i}", chosen=f"yes {i}" if i % 7 else "", rejected="no") for i in range(100)]
     path = write_jsonl(tmp_path / "f.jsonl", rows)
     alone = run(path, num_proc=1)
@@ -182,7 +183,7 @@ def test_any_number_of_processes_gives_the_same(tmp_path: Path, monkeypatch: pyt
 
 
 def test_processes_report_the_first_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenized, "_ROWS_PER_BLOCK", 4)
+    monkeypatch.setattr(processes, "_ROWS_PER_BLOCK", 4)
     path = write_jsonl(tmp_path / "f.jsonl", [*ROWS * 4, b"{", *ROWS, b"["])
     with pytest.raises(RowError, match=f"^{path}:21: broken JSON"):
         run(path, num_proc=2)

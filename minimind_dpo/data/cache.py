@@ -20,7 +20,7 @@ from minimind_dpo.data.chat import TokenizedPair, shared_prefix_length
 from minimind_dpo.data.sources import DataFile
 from minimind_dpo.files import aside, sweep, sync, sync_all
 
-CODE_VERSION = 2  # raise it when the same bytes would be tokenized differently
+CODE_VERSION = 3  # raise it when the same bytes would be tokenized differently
 _SIDES = ("chosen_input_ids", "chosen_completion_mask", "rejected_input_ids", "rejected_completion_mask")
 _PAIRS_PER_RECORD_BATCH = 256
 _TABLE, _META = "pairs.arrow", "meta.json"

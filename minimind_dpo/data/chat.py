@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import numpy.typing as npt
 from minimind_dpo.config import COMPLETION_MASKS
 from minimind_dpo.data.encoding import Span, encode_texts
 from minimind_dpo.data.records import Message, PreferencePair, RowError
-from minimind_dpo.data.spans import SpanError, TemplateError, chat_template
+from minimind_dpo.data.spans import TemplateError, chat_template
 from minimind_dpo.errors import UserError
 from minimind_dpo.files import looks_local
 
+WHOLE = sys.maxsize  # the `max_length` that cuts nothing
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -37,46 +39,12 @@ class TokenizedPair:
     place: str
 
 
-@dataclass(frozen=True, slots=True)
-class DroppedRow:
-    """Why a row became no pair: a short reason to count by, and a sentence that begins with its place.
-
-    Reasons of pairs that can't teach anything: `empty_answer`, `no_completion_token`, `identical_sides`,
-    `template_hides_turns`. A row that is `malformed` has the reason of its `RowError`.
-    """
-
-    reason: str
-    message: str
-    malformed: bool = False
-
-
-def tokenize_pair(
-    pair: PreferencePair, tokenizer: Any, *, max_length: int, completion_mask: str
-) -> TokenizedPair | DroppedRow:
-    """Both sides of a pair as tokens, or why the pair has no signal.
-
-    Args:
-        pair: a validated pair.
-        tokenizer: a fast tokenizer of transformers.
-        max_length: tokens a side may have; more are cut off on the right.
-        completion_mask: `all_assistant` counts every assistant turn, `final_turn` those after the messages that
-            both sides share. A turn reaches from the first token after its header through its end marker.
+def encode_pair(pair: PreferencePair, tokenizer: Any, *, max_length: int, completion_mask: str) -> TokenizedPair:
+    """Both sides of a pair as tokens, whether or not it has a signal; arguments of `tokenize_pair` in `data/drops.py`.
 
     Raises:
         RowError: the chat template refuses the conversation, or the text can't be encoded.
         UserError: no pair at all can be tokenized with this tokenizer or these settings.
-    """
-    try:
-        tokenized = encode_pair(pair, tokenizer, max_length=max_length, completion_mask=completion_mask)
-    except SpanError as error:
-        return DroppedRow("template_hides_turns", f"{pair.place}: can't tell where the answer lies: {error}")
-    return find_drop(pair, tokenized) or tokenized
-
-
-def encode_pair(pair: PreferencePair, tokenizer: Any, *, max_length: int, completion_mask: str) -> TokenizedPair:
-    """Both sides of a pair as tokens, whether or not it has a signal; arguments and errors of `tokenize_pair`.
-
-    Raises:
         SpanError: the chat template hides where a turn lies.
     """
     check_settings(tokenizer, max_length, completion_mask)
@@ -88,32 +56,30 @@ def encode_pair(pair: PreferencePair, tokenizer: Any, *, max_length: int, comple
         (chosen_ids, chosen_mask), (rejected_ids, rejected_mask) = encode_texts(tokenizer, texts, spans)
     except (UnicodeEncodeError, TypeError) as error:  # the kind depends on the tokenizer
         raise RowError("not_utf8", f"{pair.place}: the text can't be encoded: {error}") from None
-    return TokenizedPair(
-        chosen_input_ids=chosen_ids[:max_length],
-        chosen_completion_mask=chosen_mask[:max_length],
-        rejected_input_ids=rejected_ids[:max_length],
-        rejected_completion_mask=rejected_mask[:max_length],
+    whole = TokenizedPair(
+        chosen_input_ids=chosen_ids,
+        chosen_completion_mask=chosen_mask,
+        rejected_input_ids=rejected_ids,
+        rejected_completion_mask=rejected_mask,
         weight=pair.weight,
         margin=pair.margin,
         id=pair.id,
         place=pair.place,
     )
+    return cut(whole, max_length)
 
 
-def find_drop(pair: PreferencePair, tokenized: TokenizedPair) -> DroppedRow | None:
-    """Why the pair has no signal, or None."""
-    for name, messages, mask in (
-        ("chosen", pair.chosen, tokenized.chosen_completion_mask),
-        ("rejected", pair.rejected, tokenized.rejected_completion_mask),
-    ):
-        if _is_empty(messages[-1]):
-            return DroppedRow("empty_answer", f"{pair.place}: the {name} answer is empty")
-        if not any(mask):
-            message = f"{pair.place}: none of the {name} answer's tokens is left within max_length"
-            return DroppedRow("no_completion_token", message)
-    if tokenized.chosen_input_ids == tokenized.rejected_input_ids:
-        return DroppedRow("identical_sides", f"{pair.place}: both sides have the same tokens (within max_length)")
-    return None
+def cut(pair: TokenizedPair, max_length: int) -> TokenizedPair:
+    """The pair with at most `max_length` tokens a side; more are cut off on the right."""
+    if max(len(pair.chosen_input_ids), len(pair.rejected_input_ids)) <= max_length:
+        return pair
+    return replace(
+        pair,
+        chosen_input_ids=pair.chosen_input_ids[:max_length],
+        chosen_completion_mask=pair.chosen_completion_mask[:max_length],
+        rejected_input_ids=pair.rejected_input_ids[:max_length],
+        rejected_completion_mask=pair.rejected_completion_mask[:max_length],
+    )
 
 
 def shared_prefix_length(first: npt.ArrayLike, second: npt.ArrayLike) -> int:
@@ -191,11 +157,6 @@ def _render_plain(pair: PreferencePair, messages: list[Message], tokenizer: Any)
     prompt, answer = (message["content"] for message in messages)
     text = prompt + answer + (tokenizer.eos_token or "")
     return text, [(len(prompt), len(text))]
-
-
-def _is_empty(message: Message) -> bool:
-    spoken = ("content", "reasoning_content", "reasoning", "thinking")
-    return not message.get("tool_calls") and not any(str(message.get(name) or "").strip() for name in spoken)
 
 
 def check_settings(tokenizer: Any, max_length: int, completion_mask: str) -> None:

@@ -10,13 +10,11 @@ from itertools import groupby
 from typing import Any
 
 from minimind_dpo.config import COMPLETION_MASKS
-from minimind_dpo.data.chat import TokenizedPair, encode_pair, find_drop, load_tokenizer, shared_prefix_length
+from minimind_dpo.data.chat import TokenizedPair, check_settings, cut, load_tokenizer, shared_prefix_length
+from minimind_dpo.data.drops import DroppedRow, encode_whole, find_drop
 from minimind_dpo.data.records import PreferencePair, parse_line
 from minimind_dpo.data.sources import find_files, read_rows
-from minimind_dpo.data.spans import SpanError
 from minimind_dpo.errors import UserError
-
-_GREEN, _RESET = "\033[32m", "\033[0m"
 
 
 def run_inspect(argv: list[str]) -> int:
@@ -28,17 +26,17 @@ def run_inspect(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     tokenizer = load_tokenizer(args.tokenizer)
     pair = find_pair(args.data, args.index)
-    try:
-        tokenized = encode_pair(pair, tokenizer, max_length=args.max_length, completion_mask=args.completion_mask)
-    except SpanError as error:
-        raise UserError(f"{pair.place}: can't tell where the answer lies: {error}") from None
-    drop = find_drop(pair, tokenized)
+    check_settings(tokenizer, args.max_length, args.completion_mask)
+    whole = encode_whole(pair, tokenizer, args.completion_mask)
+    if isinstance(whole, DroppedRow):
+        raise UserError(whole.message)
+    drop, tokenized = find_drop(pair, whole, args.max_length), cut(whole, args.max_length)
     if drop is not None:
         print(f"this pair would be dropped ({drop.reason}): {drop.message}", file=sys.stderr)
     if args.json:
         print(json.dumps(describe(tokenized, tokenizer, args.index), ensure_ascii=False))
     else:
-        print(paint(tokenized, tokenizer, colour=_wants_colour()))
+        _show(tokenized, tokenizer)
     return 0
 
 
@@ -68,15 +66,29 @@ def describe(pair: TokenizedPair, tokenizer: Any, index: int) -> dict[str, Any]:
     return {"index": index, **sides, "shared_prefix_tokens": shared}
 
 
-def paint(pair: TokenizedPair, tokenizer: Any, colour: bool) -> str:
-    """Both sides as text, completion tokens in green, or between « and » without colour."""
-    opening, closing = (_GREEN, _RESET) if colour else ("«", "»")
+def _show(pair: TokenizedPair, tokenizer: Any) -> None:
+    """Print both sides: side by side and in colour in a terminal, else as plain text."""
+    if not _wants_colour():
+        print(plain_text(pair, tokenizer))
+        return
+    # late: --json and plain text do without
+    from rich.console import Console
+
+    # late: so does what draws with it
+    from minimind_dpo.data.side_by_side import side_by_side
+
+    console = Console(highlight=False)
+    console.print(side_by_side(pair, tokenizer, console.width))
+
+
+def plain_text(pair: TokenizedPair, tokenizer: Any) -> str:
+    """Both sides as text, one after the other, completion tokens between « and »."""
     blocks = []
     for name, ids, mask in _sides(pair):
         text = ""
         for counts, run in groupby(zip(mask, ids, strict=True), key=lambda item: item[0]):
             words = _decode(tokenizer, [token for _, token in run])
-            text += f"{opening}{words}{closing}" if counts else words
+            text += f"«{words}»" if counts else words
         blocks.append(f"== {name}: {len(ids)} tokens, {sum(mask)} count ==\n{text.rstrip()}")
     shared = shared_prefix_length(pair.chosen_input_ids, pair.rejected_input_ids)
     blocks.append(f"{pair.place}: the two sides share their first {shared} tokens")

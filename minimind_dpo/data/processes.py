@@ -1,4 +1,4 @@
-"""Blocks of rows turned into tokenized pairs, in this process or in several."""
+"""Blocks of rows turned into tokenized pairs or into findings, in this process or in several."""
 
 from __future__ import annotations
 
@@ -6,18 +6,25 @@ import logging
 import os
 import signal
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, TypeVar
 
-from minimind_dpo.data.chat import DroppedRow, TokenizedPair, tokenize_pair
+from minimind_dpo.data.chat import TokenizedPair
+from minimind_dpo.data.drops import DroppedRow, tokenize_pair
 from minimind_dpo.data.records import RowError, logger, parse_line
 from minimind_dpo.ending import STOP_SIGNALS
 
-RowBlock = list[tuple[int, int, str, bytes | dict[str, Any]]]  # file, row, place, undecoded row
+Row = tuple[int, int, str, Any]  # file, row, place, undecoded row: bytes or a dict
+RowBlock = list[Row]
+Result = TypeVar("Result")
+
+_ROWS_PER_BLOCK = 128
+_BYTES_PER_PROCESS = 6 << 20  # smaller data is nearly done when a second process has started (3 s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +36,17 @@ class Settings:
     on_bad_row: str
 
 
+def row_blocks(rows: Iterator[Row]) -> Iterator[RowBlock]:
+    """A stream of rows in blocks, each the work of one call."""
+    while block := list(islice(rows, _ROWS_PER_BLOCK)):
+        yield block
+
+
+def worthwhile_processes(size: int, cores: int) -> int:
+    """How many processes `size` bytes of rows are worth."""
+    return max(1, min(cores, 16, size // _BYTES_PER_PROCESS))
+
+
 def tokenize_blocks(
     blocks: Iterator[RowBlock], tokenizer: Any, settings: Settings, processes: int
 ) -> Iterator[tuple[RowBlock, list[TokenizedPair | DroppedRow]]]:
@@ -37,11 +55,24 @@ def tokenize_blocks(
     Raises:
         UserError: no row at all can be tokenized with this tokenizer or these settings.
     """
+    return map_blocks(blocks, partial(tokenize_block, tokenizer=tokenizer, settings=settings), processes)
+
+
+def map_blocks(
+    blocks: Iterator[RowBlock], work: Callable[[RowBlock], Result], processes: int
+) -> Iterator[tuple[RowBlock, Result]]:
+    """Each block with what `work` makes of it, in order, whatever the number of processes.
+
+    Args:
+        blocks: of rows.
+        work: a function that can be pickled; each process gets it once.
+        processes: how many; more than one start afresh (spawn).
+    """
     # The first block is always done here: small data never pays for processes, and notices are given once.
     for block in islice(blocks, 1 if processes > 1 else None):
-        yield block, tokenize_block(block, tokenizer, settings)
+        yield block, work(block)
     if processes > 1 and (second := next(blocks, None)):
-        pool = ProcessPoolExecutor(processes, get_context("spawn"), _start, (tokenizer, settings))
+        pool = ProcessPoolExecutor(processes, get_context("spawn"), _start, (work,))
         try:
             yield from _in_order(pool, chain([second], blocks), 3 * processes)
         finally:
@@ -67,13 +98,11 @@ def _tokenize_row(
         return DroppedRow(error.reason, str(error), malformed=True)
 
 
-def _in_order(
-    pool: Executor, blocks: Iterable[RowBlock], most: int
-) -> Iterator[tuple[RowBlock, list[TokenizedPair | DroppedRow]]]:
+def _in_order(pool: Executor, blocks: Iterable[RowBlock], most: int) -> Iterator[tuple[RowBlock, Any]]:
     """Keep `most` blocks in work: bounded, so that a fast reader doesn't fill the memory."""
-    pending: deque[tuple[RowBlock, Future[list[TokenizedPair | DroppedRow]]]] = deque()
+    pending: deque[tuple[RowBlock, Future[Any]]] = deque()
     for block in blocks:
-        pending.append((block, pool.submit(_tokenize_here, block)))
+        pending.append((block, pool.submit(_work_here, block)))
         if len(pending) > most:
             done, future = pending.popleft()
             yield done, future.result()
@@ -81,18 +110,18 @@ def _in_order(
         yield done, future.result()
 
 
-_started_with: tuple[Any, Settings] | None = None  # in a process of the pool: its tokenizer and settings
+_work: Callable[[RowBlock], Any] | None = None  # in a process of the pool: what it does with a block
 
 
-def _start(tokenizer: Any, settings: Settings) -> None:
-    global _started_with
+def _start(work: Callable[[RowBlock], Any]) -> None:
+    global _work
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for number in STOP_SIGNALS:  # Ctrl-C reaches all processes of a terminal; the parent answers it
         signal.signal(number, signal.SIG_IGN)
-    _started_with = tokenizer, settings
+    _work = work
     logger.setLevel(logging.ERROR)  # the parent has given the notices
 
 
-def _tokenize_here(block: RowBlock) -> list[TokenizedPair | DroppedRow]:
-    assert _started_with is not None
-    return tokenize_block(block, *_started_with)
+def _work_here(block: RowBlock) -> Any:
+    assert _work is not None
+    return _work(block)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,16 +15,13 @@ from tqdm.auto import tqdm
 from minimind_dpo.config import BAD_ROW_POLICIES
 from minimind_dpo.data import cache
 from minimind_dpo.data.chat import TokenizedPair, check_settings, load_tokenizer
-from minimind_dpo.data.processes import RowBlock, Settings, tokenize_blocks
+from minimind_dpo.data.processes import Settings, row_blocks, tokenize_blocks, worthwhile_processes
 from minimind_dpo.data.records import RowError, logger
 from minimind_dpo.data.sources import DataFile, count_rows, find_files, read_rows
 from minimind_dpo.engine.cpu import available_cores
 from minimind_dpo.errors import UserError
 
 __all__ = ["DropReport", "TokenizedData", "load_tokenizer", "tokenize_files"]
-
-_ROWS_PER_BLOCK = 128
-_BYTES_PER_PROCESS = 6 << 20  # smaller data is nearly done when a second process has started (3 s)
 
 
 @dataclass(slots=True)
@@ -102,7 +98,7 @@ def tokenize_files(
     key = cache.key_of([digest.sha256 for digest in content], tokenizer, settings)
     path = cache.entry_path(key)
     if (found := cache.open_entry(path)) is None:
-        processes = num_proc or _worthwhile_processes(sum(digest.size for digest in content))
+        processes = num_proc or worthwhile_processes(sum(digest.size for digest in content), available_cores())
         rows = _total_rows(files, content)
         with cache.write_entry(path) as writer:
             _tokenize_into(writer, files, tokenizer, settings, processes, rows, go_on)
@@ -126,9 +122,12 @@ def _tokenize_into(
     rows: int | None,
     go_on: Callable[[], None],
 ) -> None:
+    stream = (
+        (number, row, file.place(row), payload) for number, file in enumerate(files) for row, payload in read_rows(file)
+    )
     bar = tqdm(total=rows, desc="tokenizing", unit=" pairs", disable=None if _is_first_rank() else True)
     with bar:
-        for block, tokenized in tokenize_blocks(_blocks(files), tokenizer, settings, processes):
+        for block, tokenized in tokenize_blocks(row_blocks(stream), tokenizer, settings, processes):
             go_on()
             for (file, row, _, _), pair in zip(block, tokenized, strict=True):
                 if isinstance(pair, TokenizedPair):
@@ -141,14 +140,6 @@ def _tokenize_into(
     report = _report(writer.meta(), files)
     if not report.kept:
         raise UserError(f"no usable pair in {', '.join(file.name for file in files)}: {report}")
-
-
-def _blocks(files: tuple[DataFile, ...]) -> Iterator[RowBlock]:
-    rows = (
-        (number, row, file.place(row), payload) for number, file in enumerate(files) for row, payload in read_rows(file)
-    )
-    while block := list(islice(rows, _ROWS_PER_BLOCK)):
-        yield block
 
 
 def _add_places(files: tuple[DataFile, ...], batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -169,10 +160,6 @@ def _total_rows(files: tuple[DataFile, ...], content: list[cache.FileDigest]) ->
         digest.lines if file.kind == "jsonl" else count_rows(file) for file, digest in zip(files, content, strict=True)
     ]
     return None if None in counts else sum(count for count in counts if count is not None)
-
-
-def _worthwhile_processes(size: int) -> int:
-    return max(1, min(available_cores(), 16, size // _BYTES_PER_PROCESS))
 
 
 def _is_first_rank() -> bool:
