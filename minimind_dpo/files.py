@@ -3,22 +3,116 @@
 A crash, a kill or a power cut leaves the old content or the new one, never a half. New content is written in a
 directory that only this writer knows, its bytes are brought to the disk, and only then does it take its name: no two
 writers meet, and no link that somebody planted under a foreseeable name is followed.
+
+What is kept to be read again carries a checksum: xxh3_128, which finds accidents as fast as a disk can read, and says
+nothing of who wrote it.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
+import re
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from minimind_dpo.errors import TrainingError, UserError
 
 _PARTIAL = ".partial"
 _ABANDONED = 24 * 3600  # seconds after which nobody writes any more
 _MODEL_SUFFIXES = (".pth", ".pt", ".bin", ".gguf", ".safetensors")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # nobody's mistake, and it may go on later
+_FORBIDDEN = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
+    *(errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP),
+)
+
+
+@contextmanager
+def writing(path: Path, setting: str) -> Iterator[None]:
+    """Around what writes to `path`, and nothing else: where that place is at fault, the error says so.
+
+    Args:
+        path: where the block writes.
+        setting: what the user changes to write elsewhere: a flag, or a variable of the environment.
+
+    Raises:
+        UserError: nothing can be written there: read-only, another user's, a file where a directory should be.
+        TrainingError: the disk is full.
+    """
+    try:
+        yield
+    except (UserError, TrainingError):
+        raise
+    except Exception as error:
+        number = _number_of(error)
+        place = getattr(error, "filename2", None) or getattr(error, "filename", None) or path
+        if number in _FULL:
+            raise TrainingError(
+                f"cannot write to {place}: {os.strerror(number)}. Make room there and start again, or name another "
+                f"place with {setting}"
+            ) from error
+        if number in _FORBIDDEN:
+            raise UserError(
+                f"{setting}: cannot write to {place}: {os.strerror(number)}. Name a place that can be written to"
+            ) from error
+        raise
+
+
+def _number_of(error: BaseException) -> int:
+    """The operating system's number of an error, which libraries in other languages only tell in words; else 0."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    if found is None and error.__context__ is not None:
+        return _number_of(error.__context__)
+    return int(found[1]) if found else 0
+
+
+def checksum(path: Path) -> str:
+    """xxh3_128 (hex) of a file's content, read as a stream.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    digest = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sealed(value: Any) -> str:
+    """`value` as JSON with a checksum of its own, for `read_sealed`."""
+    return json.dumps({"checksum": _checksum_of(value), "value": value}, indent=1)
+
+
+def read_sealed(path: Path) -> Any:
+    """The value that was written as `sealed` gives it.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it is not what was written.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        if content["checksum"] == _checksum_of(content["value"]):
+            return content["value"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    raise ValueError(f"{path.name} is not what was written")
+
+
+def _checksum_of(value: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
 
 
 @contextmanager
@@ -96,6 +190,16 @@ def sweep(directory: Path) -> None:
                 path.unlink()
         except FileNotFoundError:  # another process sweeps too
             continue
+
+
+def own(path: Path) -> Path:
+    """The name that takes the place of a cache entry which is another user's and closed to this one."""
+    return path.with_name(f"{path.name}-{getattr(os, 'getuid', int)()}")
+
+
+def is_closed(path: Path, access: int) -> bool:
+    """Whether something is there to which this user has no such access, say `os.R_OK`."""
+    return os.path.lexists(path) and not os.access(path, access)
 
 
 def sync_all(path: Path) -> None:
