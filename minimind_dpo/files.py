@@ -169,6 +169,11 @@ def discard(path: Path) -> None:
         os.replace(path, doomed)
 
 
+def open_itself(path: str, flags: int) -> int:
+    """An `opener` for `open` that follows no link: OSError where the name is one."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
 def make_anew(path: Path) -> None:
     """Make an empty directory in place of whatever is there; of a link, only the link is removed."""
     if path.is_dir() and not path.is_symlink():

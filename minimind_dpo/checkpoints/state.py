@@ -23,6 +23,7 @@ class TrainerState:
         seconds: wall time spent in training so far, over all sessions of the run.
         identity: what must be equal for a resume to continue the same run (`reference_digest`, data, settings).
         tracker_run_id: the tracker's id of the run, to append to it.
+        metrics: how many lines of metrics.jsonl were written, and their checksum.
     """
 
     step: int = 0
@@ -30,6 +31,7 @@ class TrainerState:
     seconds: float = 0.0
     identity: dict[str, Any] = field(default_factory=dict)
     tracker_run_id: str | None = None
+    metrics: list[Any] | None = None  # checkpoints had none once
 
 
 def read_state(checkpoint: Path) -> TrainerState:
