@@ -54,7 +54,8 @@ def writing(path: Path, setting: str) -> Iterator[None]:
         raise
     except Exception as error:
         number = _number_of(error)
-        place = getattr(error, "filename2", None) or getattr(error, "filename", None) or path
+        place = str(getattr(error, "filename2", None) or getattr(error, "filename", None) or path)
+        place = str(path) if _PARTIAL in place else place  # a name that nobody knows
         if number in _FULL:
             raise TrainingError(
                 f"cannot write to {place}: {os.strerror(number)}. Make room there and start again, or name another "

@@ -114,7 +114,6 @@ class TableWriter:
     """The table of an entry, written as a stream: pairs and dropped rows are added in order, and counted."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         ids, mask = pa.list_(pa.int32()), pa.list_(pa.int8())
         sides = list(zip(_SIDES, [ids, mask] * 2, strict=True))
         values = [("weight", pa.float64()), ("margin", pa.float64()), ("id", pa.string())]
@@ -173,7 +172,7 @@ class TableWriter:
             _list_array(column, field.type) if pa.types.is_list(field.type) else pa.array(column, field.type)
             for field, column in zip(self._schema, zip(*self._pairs, strict=True), strict=True)
         ]
-        with writing(self.path, CACHE_VARIABLE):
+        with writing(cache_root(), CACHE_VARIABLE):
             self._table.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
         self._pairs = []
 
