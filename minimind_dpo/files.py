@@ -1,11 +1,10 @@
-"""Files that are whole or absent, and what a name that a user gives can be: a local path, MiniMind's raw weights.
+"""Files that are whole or absent, and what a user's name can be: a local path, MiniMind's raw weights.
 
 A crash, a kill or a power cut leaves the old content or the new one, never a half. New content is written in a
 directory that only this writer knows, its bytes are brought to the disk, and only then does it take its name: no two
 writers meet, and no link that somebody planted under a foreseeable name is followed.
 
-What is kept to be read again carries a checksum: xxh3_128, which finds accidents as fast as a disk can read, and says
-nothing of who wrote it.
+What is read again carries a checksum: xxh3_128 finds accidents as fast as a disk reads, and says not who wrote it.
 """
 
 from __future__ import annotations
@@ -72,10 +71,9 @@ def _number_of(error: BaseException) -> int:
     """The operating system's number of an error, which libraries in other languages only tell in words; else 0."""
     if isinstance(error, OSError) and error.errno:
         return error.errno
-    found = re.search(r"os error (\d+)", str(error))
-    if found is None and error.__context__ is not None:
-        return _number_of(error.__context__)
-    return int(found[1]) if found else 0
+    if found := re.search(r"os error (\d+)", str(error)):
+        return int(found[1])
+    return _number_of(error.__context__) if error.__context__ else 0
 
 
 def checksum(path: Path) -> str:
@@ -92,7 +90,7 @@ def checksum(path: Path) -> str:
 
 
 def sealed(value: Any) -> str:
-    """`value` as JSON with a checksum of its own, for `read_sealed`."""
+    """`value` as JSON with its checksum, for `read_sealed`."""
     return json.dumps({"checksum": _checksum_of(value), "value": value}, indent=1)
 
 
@@ -135,6 +133,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """As `aside`; what was written there takes the place of `path` when the block ends without an error."""
     with aside(path) as new:
         yield new
+        share(new)
         sync_all(new)
         put_in_place(new, path)
 
@@ -143,6 +142,12 @@ def write_text(path: Path, text: str) -> None:
     """Replace the content of a file, or make it; UTF-8."""
     with replacing(path) as new:
         new.write_text(text, "utf-8")
+
+
+def share(directory: Path) -> None:
+    """Give tensors the rights that any new file has there: safetensors makes them for their owner alone."""
+    for path in directory.glob("*.safetensors"):
+        path.chmod(directory.stat().st_mode & 0o666)
 
 
 def put_in_place(new: Path, path: Path) -> None:

@@ -155,6 +155,15 @@ def test_a_full_disk_leaves_no_half_checkpoint(inputs: Inputs, tmp_path: Path, m
     assert same_bits(tmp_path / "run", tmp_path / "whole")
 
 
+def test_others_may_read_a_run(finished: Path) -> None:
+    """Every file has the rights that its directory's maker gives any file."""
+    umask = os.umask(0)
+    os.umask(umask)
+    files = [path for path in finished.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
+    assert any(path.name == "model.safetensors" for path in files)
+
+
 def test_planted_links_are_not_written_through(inputs: Inputs, tmp_path: Path) -> None:
     victim, run = tmp_path / "victim", tmp_path / "run"
     victim.mkdir()

@@ -22,7 +22,7 @@ from minimind_dpo.checkpoints.files import FragmentReader, write_fragments
 from minimind_dpo.checkpoints.state import STATE, TrainerState, read_state, write_state
 from minimind_dpo.engine.protocol import Engine
 from minimind_dpo.errors import UserError
-from minimind_dpo.files import discard, make_anew, put_in_place, sync, writing
+from minimind_dpo.files import discard, make_anew, put_in_place, share, sync, writing
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +85,7 @@ def _write(engine: Engine, partial: Path, state: TrainerState, describe_model: C
             "output_dir must lie on a file system that all nodes share"
         )
     own_files += write_fragments(partial, engine.rank, engine.shared_fragments())
+    share(partial)
     entries = engine.gather_objects(_entries(partial, own_files))
     if engine.is_main:
         files = {name: entry for part in entries for name, entry in part.items()}

@@ -79,7 +79,7 @@ def entry_path(key: str) -> Path:
     """The directory of a cache entry."""
     path = cache_root() / "tokens" / key
     closed = (
-        path.is_dir() and is_closed(path, os.X_OK),
+        os.path.isdir(path) and is_closed(path, os.X_OK),
         is_closed(path / _META, os.R_OK),
         is_closed(path / _TABLE, os.R_OK),
     )

@@ -70,7 +70,7 @@ def cache_directory(digest: str, numerics: dict[str, Any]) -> Path:
     """
     settings = hashlib.sha256(json.dumps(numerics | {"format": _FORMAT}, sort_keys=True).encode()).hexdigest()
     directory = cache_root() / "reference" / f"{digest[:32]}-{settings[:8]}"
-    return own(directory) if own(directory).is_dir() else directory
+    return own(directory) if os.path.isdir(own(directory)) else directory
 
 
 class ReferenceCache:
@@ -79,6 +79,7 @@ class ReferenceCache:
     def __init__(self, directory: Path):
         self.directory = directory
         self._files: list[LogpsFile] = []
+        self._told: set[str] = set()
 
     def claim(self) -> Path:
         """Make the directory, or one of this user's own beside another user's that is closed to this one; where it is.
@@ -197,14 +198,19 @@ class ReferenceCache:
         for path in self._markers(needed):
             try:
                 names = read_sealed(path)["files"]
-                if gone := [name for name in names if not (self.directory / name).exists()]:
+                if gone := [name for name in names if not os.path.exists(self.directory / name)]:
                     raise ValueError(f"{gone[0]} is missing")
                 if all(name in whole or is_whole(self.directory / name) for name in names):
                     whole.update(names)
                     return names  # else `mend` says what is damaged
             except (FileNotFoundError, NotADirectoryError):
                 continue
+            except PermissionError:  # another user's: `claim` makes one beside it
+                continue
             except (OSError, ValueError) as error:
+                if str(error) in self._told:
+                    continue
+                self._told.add(str(error))
                 logger.warning(
                     "reference cache: %s in %s: every pair is looked up, and computed again where need be",
                     error,
@@ -214,7 +220,7 @@ class ReferenceCache:
 
     def was_complete(self, needed: Sequence[Needed]) -> bool:
         """Whether all of `needed` was here once, by a marker or, where that is gone, by the pairs themselves."""
-        unmarked = [part for part in needed if not any(path.exists() for path in self._markers(part))]
+        unmarked = [part for part in needed if not any(map(os.path.exists, self._markers(part)))]
         if unmarked:
             self.open([path.name for path in self._paths("merged") if is_whole(path)])
         chunks = ((part, chunk) for part in unmarked for chunk in range(part.chunks()))
