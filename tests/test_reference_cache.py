@@ -193,34 +193,99 @@ def test_found_by_content_when_the_data_changed(tmp_path: Path, scorer: Scorer) 
     assert contents(tmp_path, needed(rows)) == before
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "not arrow"])
+def damage(path: Path, kind: str) -> None:
+    """Harm a file as disks do."""
+    content = bytearray(path.read_bytes())
+    if kind == "gone":
+        return path.unlink()
+    if kind == "cut":
+        content = content[:-200]
+    elif kind == "not arrow":
+        content[:] = b"?" * 999
+    elif kind == "zeroed":
+        content[64 : len(content) // 2] = bytes(len(content) // 2 - 64)
+    elif kind == "empty":
+        content.clear()
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["cut", "gone", "not arrow", "zeroed", "empty"])
 def test_a_damaged_file_is_computed_again(
-    tmp_path: Path, scorer: Scorer, caplog: pytest.LogCaptureFixture, damage: str
+    tmp_path: Path, scorer: Scorer, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
     rows = needed(make_data())
     fill(tmp_path, scorer, rows)
     before = contents(tmp_path, rows)
-    file = files(tmp_path, "merged")[1]
-    if damage == "gone":
-        file.unlink()
-    else:
-        file.write_bytes(file.read_bytes()[:-200] if damage == "cut" else b"?" * 999)
+    damage(files(tmp_path, "merged")[1], kind)
     assert ReferenceCache(tmp_path).marked([rows]) is None
-    assert "missing or damaged: every pair is looked up" in caplog.text
+    assert ReferenceCache(tmp_path).was_complete([rows])
     assert 0 < fill(tmp_path, scorer, rows) <= 2 * CHUNK
+    assert len(caplog.records) == 1
+    assert ("is missing in" if kind == "gone" else "is damaged: ") in caplog.text
     assert contents(tmp_path, rows) == before
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"files": 3}', "[1]"])
-def test_a_damaged_marker_means_looking(tmp_path: Path, scorer: Scorer, text: str) -> None:
+def test_a_flipped_bit_costs_its_chunk(tmp_path: Path, scorer: Scorer, caplog: pytest.LogCaptureFixture) -> None:
+    """Wherever it is, the values are those of before; in a value it costs one chunk, in the file's frame nothing."""
+    rows = needed(make_data())
+    fill(tmp_path, scorer, rows)
+    before = contents(tmp_path, rows)
+    random, scored = np.random.Generator(np.random.PCG64(0)), []
+    for _ in range(40):
+        path = random.choice(files(tmp_path, "merged"))  # type: ignore[arg-type]
+        content = bytearray(path.read_bytes())
+        content[random.integers(len(content))] ^= 1 << int(random.integers(8))
+        path.write_bytes(content)
+        caplog.clear()
+        assert ReferenceCache(tmp_path).marked([rows]) is None
+        scored.append(fill(tmp_path, scorer, rows))
+        assert [record.getMessage().count("is damaged") for record in caplog.records] == [1]
+        assert contents(tmp_path, rows) == before
+    assert scored.count(CHUNK) > 5 and scored.count(0) > 5
+
+
+def test_a_damaged_chunk_of_an_interrupted_fill_is_scored_again(tmp_path: Path, scorer: Scorer) -> None:
+    rows = needed(make_data())
+    fill(tmp_path / "whole", scorer, rows)
+    asked = count()
+    with pytest.raises(StoppedEarly):
+        fill(tmp_path / "parts", scorer, rows, lambda: next(asked) >= 2)
+    path = files(tmp_path / "parts", "chunk")[0]
+    content = path.read_bytes()
+    path.write_bytes(content.replace(np.float32(1).tobytes(), b"") + b"x")
+    fill(tmp_path / "parts", scorer, rows)
+    assert contents(tmp_path / "parts", rows) == contents(tmp_path / "whole", rows)
+
+
+def test_a_value_damaged_while_it_is_used_is_no_value(tmp_path: Path) -> None:
+    cache, key = ReferenceCache(tmp_path), b"k" * 16
+    cache.write_chunk([key], [np.array([-2.0, -1.0], np.float32)])
+    cache.open(cache.merge())
+    (path,) = files(tmp_path, "merged")
+    content = path.read_bytes()
+    place = content.index(np.array([-2.0, -1.0], np.float32).tobytes())
+    with path.open("r+b") as file:  # the mapped file itself
+        file.seek(place)
+        file.write(b"\1")
+    with pytest.raises(KeyError):
+        cache.get([key])
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"files": 3}', "[1]", "[" * 100_000, '{"checksum": 1, "value": {}}', None])
+def test_a_damaged_marker_means_looking(tmp_path: Path, scorer: Scorer, text: str | None) -> None:
     rows = needed(make_data())
     fill(tmp_path, scorer, rows)
     (marker,) = (tmp_path / "complete").glob("*.json")
-    assert json.loads(marker.read_text())["pairs"] == PAIRS
-    marker.write_text(text)
+    assert json.loads(marker.read_text())["value"]["pairs"] == PAIRS
+    if text is None:
+        marker.unlink()
+    else:
+        marker.write_text(text)
     assert ReferenceCache(tmp_path).marked([rows]) is None
+    assert ReferenceCache(tmp_path).was_complete([rows])
     assert fill(tmp_path, scorer, rows) == 0
     assert ReferenceCache(tmp_path).marked([rows]) is not None
+    assert not ReferenceCache(tmp_path).was_complete([needed(make_data(seed=1))])
 
 
 def test_a_missing_pair_is_told_and_looked_for_the_next_time(tmp_path: Path, scorer: Scorer) -> None:

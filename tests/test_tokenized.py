@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
+import random
 import subprocess
 import sys
 import time
@@ -21,7 +23,7 @@ from minimind_dpo.data.chat import shared_prefix_length
 from minimind_dpo.data.drops import tokenize_pair
 from minimind_dpo.data.records import RowError, parse_row
 from minimind_dpo.data.tokenized import tokenize_files
-from minimind_dpo.errors import UserError
+from minimind_dpo.errors import TrainingError, UserError
 
 ROWS = [row(f"question {i}", chosen=f"yes {i}", rejected=f"no {i}", weight=1 + i, id=i) for i in range(5)]
 SIDES = ("chosen_input_ids", "chosen_completion_mask", "rejected_input_ids", "rejected_completion_mask")
@@ -214,20 +216,83 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
     assert len(printed[0]) == 64 and printed[0] == printed[1]
 
 
-@pytest.mark.parametrize("damage", ["cut", "no meta", "bad meta"])
-def test_a_damaged_entry_is_written_anew(tmp_path: Path, calls: list[str], damage: str) -> None:
+DAMAGE: dict[str, Any] = {
+    "cut": lambda entry: (entry / "pairs.arrow").write_bytes((entry / "pairs.arrow").read_bytes()[:-100]),
+    "zeroed": lambda entry: (entry / "pairs.arrow").write_bytes(bytes((entry / "pairs.arrow").stat().st_size)),
+    "no table": lambda entry: (entry / "pairs.arrow").unlink(),
+    "no meta": lambda entry: (entry / "meta.json").unlink(),
+    "a directory": lambda entry: ((entry / "meta.json").unlink(), (entry / "meta.json").mkdir()),
+    "a file": lambda entry: (entry.rename(entry.with_name("moved")), entry.write_text("")),
+    **{
+        f"meta {text[:12]}": lambda entry, text=text: (entry / "meta.json").write_text(text)
+        for text in ('{"dig', "[]", "{}", "3", "null", '{"checksum": 1, "value": []}', "[" * 100_000)
+    },
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_entry_is_written_anew(
+    tmp_path: Path, calls: list[str], caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
     path = write_jsonl(tmp_path / "f.jsonl", ROWS)
     digest = run(path).digest
     (entry,) = cache.entry_path("x").parent.iterdir()
-    if damage == "cut":
-        table = entry / "pairs.arrow"
-        table.write_bytes(table.read_bytes()[:-100])
-    elif damage == "no meta":
-        (entry / "meta.json").unlink()
-    else:
-        (entry / "meta.json").write_text('{"dig')
+    DAMAGE[damage](entry)
     assert run(path).digest == digest and len(calls) == 10
+    assert [record.getMessage().count("is damaged") for record in caplog.records] == [1]
     assert run(path).digest == digest and len(calls) == 10
+
+
+def test_a_flipped_bit_is_noticed(tmp_path: Path, calls: list[str]) -> None:
+    """Wherever in the table or the meta data: the pairs, and their digest, are those of before."""
+    path = write_jsonl(tmp_path / "f.jsonl", ROWS)
+    first = run(path)
+    pairs, rng = list(first.dataset), random.Random(0)
+    (entry,) = cache.entry_path("x").parent.iterdir()
+    for number in range(30):
+        file = entry / rng.choice(["pairs.arrow", "meta.json"])
+        content = bytearray(file.read_bytes())
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        file.write_bytes(content)
+        again = run(path)
+        assert list(again.dataset) == pairs and (again.digest, again.report) == (first.digest, first.report), number
+    assert len(calls) > 5 * 20
+
+
+def test_what_others_made_is_read_or_passed_by(tmp_path: Path, calls: list[str], monkeypatch: Any) -> None:
+    path = write_jsonl(tmp_path / "f.jsonl", ROWS)
+    digest = run(path).digest
+    (entry,) = cache.entry_path("x").parent.iterdir()
+    umask = os.umask(0)
+    os.umask(umask)
+    assert [file.stat().st_mode & 0o777 & umask for file in (entry, *entry.iterdir())] == [0, 0, 0]
+    assert (entry / "pairs.arrow").stat().st_mode & 0o444 == 0o444 & ~umask
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda name, mode: Path(name).parent != entry and access(name, mode))
+    for _ in range(2):
+        assert run(path).digest == digest and len(calls) == 10
+    assert len(list(entry.parent.iterdir())) == 2
+
+
+@pytest.mark.parametrize("place", ["a file", "below a file", "/proc"])
+def test_a_place_that_takes_no_cache_is_named(tmp_path: Path, monkeypatch: Any, place: str) -> None:
+    (tmp_path / "x").touch()
+    root = {"a file": tmp_path / "x", "below a file": tmp_path / "x" / "y"}.get(place, Path(place))
+    monkeypatch.setenv("MINIMIND_DPO_CACHE", str(root))
+    with pytest.raises(UserError, match=f"^MINIMIND_DPO_CACHE: cannot write to {root}"):
+        run(write_jsonl(tmp_path / "f.jsonl", ROWS))
+
+
+def test_a_full_disk_is_no_mistake_and_leaves_nothing(tmp_path: Path, monkeypatch: Any) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        TrainingError, match=f"cannot write to {cache.entry_path('')}.*No space left.*MINIMIND_DPO_CACHE"
+    ):
+        run(write_jsonl(tmp_path / "f.jsonl", ROWS))
+    assert list(cache.entry_path("x").parent.iterdir()) == []
 
 
 def test_old_leftovers_of_killed_processes_are_swept(tmp_path: Path) -> None:

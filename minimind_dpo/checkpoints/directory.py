@@ -2,7 +2,8 @@
 
     OUTPUT_DIR/checkpoints/step-000123/   each rank's share of the state, trainer_state.json, manifest.json
 
-The only module that writes, validates and deletes checkpoints. State is saved at optimizer-step boundaries only.
+The only module that writes, validates and deletes checkpoints; what has another name is somebody else's and stays as it
+is. State is saved at optimizer-step boundaries only.
 """
 
 from __future__ import annotations
@@ -10,21 +11,26 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from minimind_dpo.checkpoints.files import FragmentReader, write_fragments
-from minimind_dpo.checkpoints.state import TrainerState, read_state, write_state
+from minimind_dpo.checkpoints.state import STATE, TrainerState, read_state, write_state
 from minimind_dpo.engine.protocol import Engine
 from minimind_dpo.errors import UserError
-from minimind_dpo.files import discard, make_anew, put_in_place, sync
+from minimind_dpo.files import discard, make_anew, put_in_place, share, sync, writing
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 SCALARS = "optimizer.json"
+_NAME = re.compile(r"step-([0-9]+)")
+_PARTIAL_NAME = re.compile(r"\.step-[0-9]+\.partial")
+_TENSORS = "state-*.safetensors"
 
 
 def save_checkpoint(
@@ -42,10 +48,29 @@ def save_checkpoint(
         describe_model: writes what a model directory holds beside the weights (configuration, tokenizer).
 
     Raises:
-        UserError: the directory that the main process made is not there for another rank.
+        UserError: the directory can't be written to, or what the main process made is not there for another rank.
+        TrainingError: the disk is full.
     """
     final = directory / f"step-{state.step:06d}"
     partial = directory / f".step-{state.step:06d}.partial"
+    try:
+        with writing(partial, "output_dir"):
+            _write(engine, partial, state, describe_model)
+            if engine.is_main:
+                put_in_place(
+                    partial, final
+                )  # which is there where an older checkpoint was resumed and comes to it again
+                _prune(directory, keep)
+    except Exception:
+        if engine.is_main and partial.is_dir() and not partial.is_symlink():
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    engine.wait()
+    return final
+
+
+def _write(engine: Engine, partial: Path, state: TrainerState, describe_model: Callable[[Path], None]) -> None:
+    """Write all files of a checkpoint to the disk. Collective."""
     own_files: list[Path] = []
     if engine.is_main:
         make_anew(partial)
@@ -60,16 +85,13 @@ def save_checkpoint(
             "output_dir must lie on a file system that all nodes share"
         )
     own_files += write_fragments(partial, engine.rank, engine.shared_fragments())
+    share(partial)
     entries = engine.gather_objects(_entries(partial, own_files))
     if engine.is_main:
         files = {name: entry for part in entries for name, entry in part.items()}
         (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=1), "utf-8")
         sync(partial / MANIFEST)
         sync(partial)
-        put_in_place(partial, final)  # `final` is there where an older checkpoint was resumed and this step comes again
-        _prune(directory, keep)
-    engine.wait()
-    return final
 
 
 def load_checkpoint(path: Path, engine: Engine) -> TrainerState:
@@ -137,22 +159,35 @@ def set_aside_later(directory: Path, step: int) -> None:
 
 def checkpoint_problem(path: Path) -> str | None:
     """What is wrong with a checkpoint: missing, incomplete or damaged files; None when it is intact."""
-    manifest_path = path / MANIFEST
-    if not manifest_path.is_file():
+    if not (path / MANIFEST).is_file():
         return f"no {MANIFEST} there: not a complete checkpoint"
     try:
-        files = json.loads(manifest_path.read_text("utf-8"))["files"]
-    except (ValueError, KeyError, TypeError):
+        files = _listed(path)
+        for name, entry in files.items():
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != entry["size"]:
+                return f"{name} has {file.stat().st_size} bytes, {entry['size']} were written"
+            if _sha256(file) != entry["sha256"]:
+                return f"{name} is damaged (its sha256 differs from {MANIFEST})"
+    except OSError as error:
+        return f"{error.filename or path} can't be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} is damaged"
-    for name, entry in files.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != entry["size"]:
-            return f"{name} has {file.stat().st_size} bytes, {entry['size']} were written"
-        if _sha256(file) != entry["sha256"]:
-            return f"{name} is damaged (its sha256 differs from {MANIFEST})"
-    return None
+    strays = [file.name for file in path.glob(_TENSORS) if file.name not in files]
+    return f"{strays[0]} is not in {MANIFEST}" if strays else None
+
+
+def _listed(path: Path) -> dict[str, dict[str, Any]]:
+    """What a manifest says of its checkpoint's files; an error of some kind where that can't be all of it."""
+    files = json.loads((path / MANIFEST).read_text("utf-8"))["files"]
+    if not {STATE, SCALARS, "config.json"} <= files.keys() or not any(Path(name).match(_TENSORS) for name in files):
+        raise ValueError
+    outside = [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]
+    if outside or not all(type(e["size"]) is int and type(e["sha256"]) is str for e in files.values()):
+        raise ValueError
+    return files
 
 
 def _entries(directory: Path, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
@@ -168,15 +203,21 @@ def _sha256(path: Path) -> str:
 
 
 def _prune(directory: Path, keep: int) -> None:
-    for path in directory.glob(".step-*.partial"):
-        shutil.rmtree(path, ignore_errors=True)
+    for path in directory.iterdir():
+        if _PARTIAL_NAME.fullmatch(path.name) and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
     if keep:
         for path in _newest_first(directory)[keep:]:
             discard(path)
 
 
 def _newest_first(directory: Path) -> list[Path]:
-    return sorted(directory.glob("step-*"), key=_step_of, reverse=True)
+    names = os.listdir(directory) if directory.is_dir() else []
+    return sorted(
+        (directory / name for name in names if _NAME.fullmatch(name) and (directory / name).is_dir()),
+        key=_step_of,
+        reverse=True,
+    )
 
 
 def _step_of(path: Path) -> int:

@@ -1,14 +1,15 @@
-"""The cache of tokenized data: one directory for each content, complete or absent."""
+"""The cache of tokenized data: one directory for each content, complete or absent, with checksums."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,11 @@ import pyarrow as pa
 
 from minimind_dpo.data.chat import TokenizedPair, shared_prefix_length
 from minimind_dpo.data.sources import DataFile
-from minimind_dpo.files import aside, sweep, sync, sync_all
+from minimind_dpo.files import aside, checksum, is_closed, own, read_sealed, sealed, sweep, sync, sync_all, writing
 
+logger = logging.getLogger(__name__)
+
+CACHE_VARIABLE = "MINIMIND_DPO_CACHE"
 CODE_VERSION = 3  # raise it when the same bytes would be tokenized differently
 _SIDES = ("chosen_input_ids", "chosen_completion_mask", "rejected_input_ids", "rejected_completion_mask")
 _PAIRS_PER_RECORD_BATCH = 256
@@ -68,25 +72,42 @@ def key_of(contents: list[str], tokenizer: Any, settings: Any) -> str:
 
 def cache_root() -> Path:
     """Where everything that can be computed again is kept: $MINIMIND_DPO_CACHE, by default ~/.cache/minimind_dpo."""
-    return Path(os.environ.get("MINIMIND_DPO_CACHE") or "~/.cache/minimind_dpo").expanduser()
+    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/minimind_dpo").expanduser()
 
 
 def entry_path(key: str) -> Path:
     """The directory of a cache entry."""
-    return cache_root() / "tokens" / key
+    path = cache_root() / "tokens" / key
+    closed = (
+        os.path.isdir(path) and is_closed(path, os.X_OK),
+        is_closed(path / _META, os.R_OK),
+        is_closed(path / _TABLE, os.R_OK),
+    )
+    return own(path) if any(closed) else path
 
 
 def open_entry(path: Path) -> tuple[Any, dict[str, Any]] | None:
-    """The memory-mapped data set and the meta data of an entry; None if it is absent or damaged."""
+    """The memory-mapped data set and the meta data of an entry; None if it is absent or, as is said then, damaged.
+
+    All bytes are compared with their checksums, so the digest among the meta data is of the very pairs returned.
+    """
+    if not os.path.lexists(path):
+        return None
+    try:
+        return _read_entry(path)
+    except (OSError, ValueError) as error:
+        logger.warning("token cache: %s is damaged (%s): the data is tokenized again", path, error)
+        return None
+
+
+def _read_entry(path: Path) -> tuple[Any, dict[str, Any]]:
+    """As `open_entry`; ValueError or OSError if it is absent or damaged."""
     import datasets  # late: it takes a second, which nothing else here needs
 
-    try:
-        meta = json.loads((path / _META).read_text(encoding="utf-8"))
-        if (path / _TABLE).stat().st_size != meta["bytes"]:
-            return None
-        return datasets.Dataset.from_file(str(path / _TABLE)), meta
-    except (OSError, ValueError, KeyError):
-        return None
+    meta = read_sealed(path / _META)
+    if checksum(path / _TABLE) != meta["checksum"]:
+        raise ValueError(f"{_TABLE} is not what was written")
+    return datasets.Dataset.from_file(str(path / _TABLE)), meta
 
 
 class TableWriter:
@@ -151,7 +172,8 @@ class TableWriter:
             _list_array(column, field.type) if pa.types.is_list(field.type) else pa.array(column, field.type)
             for field, column in zip(self._schema, zip(*self._pairs, strict=True), strict=True)
         ]
-        self._table.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
+        with writing(cache_root(), CACHE_VARIABLE):
+            self._table.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
         self._pairs = []
 
 
@@ -176,19 +198,23 @@ def write_entry(path: Path) -> Iterator[TableWriter]:
     Of several processes that write the same entry the first wins; the others find an equal one and take it.
 
     Raises:
-        OSError: the disk is full, or the cache can't be written to.
+        UserError: the cache can't be written to.
+        TrainingError: the disk is full.
     """
-    sweep(path.parent)
-    with aside(path) as scratch:
-        scratch.mkdir()
-        writer = TableWriter(scratch / _TABLE)
+    with ExitStack() as stack:
+        with writing(path, CACHE_VARIABLE):
+            sweep(path.parent)
+            scratch = stack.enter_context(aside(path))
+            scratch.mkdir()
+            writer = TableWriter(scratch / _TABLE)
         yield writer
-        writer.close()
-        meta = writer.meta() | {"bytes": (scratch / _TABLE).stat().st_size}
-        (scratch / _META).write_text(json.dumps(meta), encoding="utf-8")
-        sync_all(scratch)
-        _move(scratch, path)
-        sync(path.parent)
+        with writing(path, CACHE_VARIABLE):
+            writer.close()
+            meta = writer.meta() | {"checksum": checksum(scratch / _TABLE)}
+            (scratch / _META).write_text(sealed(meta), encoding="utf-8")
+            sync_all(scratch)
+            _move(scratch, path)
+            sync(path.parent)
 
 
 def _move(scratch: Path, path: Path) -> None:
@@ -197,11 +223,22 @@ def _move(scratch: Path, path: Path) -> None:
             os.rename(scratch, path)
             return
         except OSError:
-            if open_entry(path) is not None:
+            if _is_whole(path):
                 return
-            # A damaged entry is in the way (a disk that was full, a file that was cut): it makes room.
-            shutil.rmtree(path, ignore_errors=True)
+            # A damaged entry is in the way, or something else: it makes room.
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif os.path.lexists(path):
+                path.unlink()
     os.rename(scratch, path)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        _read_entry(path)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _dataset_files(dataset: Any, digest: Any) -> list[str]:

@@ -14,10 +14,10 @@ from minimind_dpo.checkpoints.directory import checkpoint_problem
 from minimind_dpo.checkpoints.files import FragmentReader
 from minimind_dpo.data.chat import load_tokenizer
 from minimind_dpo.errors import UserError
-from minimind_dpo.files import replacing
+from minimind_dpo.files import replacing, writing
 from minimind_dpo.models.loading import ADAPTER_CONFIG, checkpoint_config, is_checkpoint, load_model, locate_model
 from minimind_dpo.models.overrides import parse_dtype
-from minimind_dpo.models.saving import SHARD_BYTES, describe_model, split_shards, write_shards
+from minimind_dpo.models.saving import SHARD_BYTES, describe_model, seal_model, split_shards, write_shards
 from minimind_dpo.models.weights import (
     MODEL_CLASSES,
     WeightLayout,
@@ -90,10 +90,8 @@ def export_model(
     if format == "hf":
         _refuse_existing(target)
     location = locate_model(str(model_path))
-    if location is not None and is_checkpoint(location):
-        if problem := checkpoint_problem(location):
-            raise UserError(f"{model_path}: {problem}")
-        if format == "hf" and not (location / ADAPTER_CONFIG).is_file():
+    if location is not None and is_checkpoint(location) and format == "hf":
+        if not (location / ADAPTER_CONFIG).is_file():
             return _export_checkpoint(location, target, wanted or torch.float32)
     model = load_model(model_path, dtype="auto", num_attention_heads=num_attention_heads)
     if format == "hf":
@@ -139,8 +137,8 @@ def _export_minimind(model: PreTrainedModel, source: str, target: Path, dtype: t
     """Write one file of contiguous, separate tensors under MiniMind's keys."""
     state = {key: tensor.to(dtype, copy=True).contiguous() for key, tensor in minimind_view(model.state_dict()).items()}
     _check_overflow(state, dtype, source)
-    with replacing(target) as temporary:
-        torch.save(state, temporary)
+    with writing(target, "--output"), replacing(target) as temporary, temporary.open("wb") as file:
+        torch.save(state, file)
     return target
 
 
@@ -150,17 +148,20 @@ def _export_hf(model: PreTrainedModel, source: str, target: Path, dtype: torch.d
         model.to(dtype=dtype)  # type: ignore[call-arg]
         _check_overflow(model.state_dict(), dtype, source)
     folder = locate_model(source)
-    with replacing(target) as temporary:
+    with writing(target, "--output"), replacing(target) as temporary:
         model.save_pretrained(temporary)
         if folder is not None and folder.suffix == ".gguf":
             load_tokenizer(folder).save_pretrained(temporary)
         elif folder is not None:
             _copy_tokenizer(folder, temporary)
+        seal_model(temporary)
     return target
 
 
 def _export_checkpoint(checkpoint: Path, target: Path, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES) -> Path:
     """Put the fragments of a checkpoint together, a file at a time: the whole model is never in memory."""
+    if problem := checkpoint_problem(checkpoint):
+        raise UserError(f"{checkpoint}: {problem}")
     reader = FragmentReader(checkpoint)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(checkpoint_config(checkpoint), dtype=dtype)
@@ -173,11 +174,12 @@ def _export_checkpoint(checkpoint: Path, target: Path, dtype: torch.dtype, shard
             _check_overflow(shard, dtype, str(checkpoint))
             yield shard
 
-    with replacing(target) as temporary:
+    with writing(target, "--output"), replacing(target) as temporary:
         temporary.mkdir()
         write_shards(model, tensors(), len(shards), temporary)
         describe_model(model, temporary)
         _copy_tokenizer(checkpoint, temporary)
+        seal_model(temporary)
     return target
 
 

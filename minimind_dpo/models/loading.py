@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from minimind_dpo.checkpoints.directory import checkpoint_problem
 from minimind_dpo.checkpoints.files import FragmentReader
 from minimind_dpo.checkpoints.state import read_state
 from minimind_dpo.engine.sharding import gathered, local_values
@@ -21,6 +22,7 @@ from minimind_dpo.models.adapters import merge_adapters
 from minimind_dpo.models.overrides import apply_overrides, check_overrides, parse_dtype
 from minimind_dpo.models.quantization import dequantize, quantize
 from minimind_dpo.models.raw import load_raw
+from minimind_dpo.models.saving import check_sealed
 from minimind_dpo.models.weights import summarize
 
 CHECKPOINT_STATE = "trainer_state.json"  # what a checkpoint has and no other model directory
@@ -115,6 +117,8 @@ def _load_checkpoint(
     location: Path, dtype: torch.dtype | None, attn_implementation: str | None, trust_remote_code: bool, overrides: dict
 ) -> PreTrainedModel:
     """Build the policy as a run had it at a step, LoRA merged, from the fragments its ranks wrote."""
+    if problem := checkpoint_problem(location):
+        raise UserError(f"{location}: {problem}")
     reader = FragmentReader(location)
     config = checkpoint_config(location, trust_remote_code)
     options: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
@@ -148,6 +152,7 @@ def _load_checkpoint(
 def _load_pretrained(source: str, dtype: torch.dtype | None, options: dict, overrides: dict) -> PreTrainedModel:
     """Load a directory, a hub id or a GGUF file through transformers, and let no key pass unnoticed."""
     is_gguf = source.endswith(".gguf")
+    check_sealed(Path(source))
     name = str(Path(source).parent) if is_gguf else source
     files = {"gguf_file": Path(source).name} if is_gguf else {}
     load: Callable[..., Any] = AutoModelForCausalLM.from_pretrained

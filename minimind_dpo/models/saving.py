@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from math import prod
 from pathlib import Path
@@ -18,8 +19,13 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from minimind_dpo.engine.sharding import gathered
+from minimind_dpo.errors import UserError
+from minimind_dpo.files import checksum, read_sealed, sealed
 from minimind_dpo.models.adapters import ADAPTER, has_adapters, merged_weights
 
+logger = logging.getLogger(__name__)
+
+CHECKSUMS = "checksums.json"
 SHARD_BYTES = 4 << 30
 Sized = TypeVar("Sized")
 
@@ -91,6 +97,34 @@ def write_shards(
     if directory is not None and count > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def seal_model(directory: Path) -> None:
+    """Write down the checksum of every file of a saved model, for `check_sealed`."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    sums = {path.relative_to(directory).as_posix(): checksum(path) for path in files}
+    (directory / CHECKSUMS).write_text(sealed(sums), "utf-8")
+
+
+def check_sealed(directory: Path) -> None:
+    """Compare a saved model with its checksums, where it has them; settings that differ may be meant, and are told.
+
+    Raises:
+        UserError: weights are missing, or not what was written.
+    """
+    if not (directory / CHECKSUMS).is_file():
+        return
+    remedy = f"write it again, or remove {directory / CHECKSUMS} if you changed it yourself"
+    try:
+        sums = read_sealed(directory / CHECKSUMS)
+        wrong = [name for name, found in sums.items() if not (directory / name).is_file()]
+        wrong += [name for name, found in sums.items() if name not in wrong and checksum(directory / name) != found]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory}: its checksums can't be read ({error}); {remedy}") from None
+    if weights := [name for name in wrong if name.endswith((".safetensors", SAFE_WEIGHTS_INDEX_NAME))]:
+        raise UserError(f"{directory}: {', '.join(weights)}: damaged, or missing; {remedy}")
+    if wrong:
+        logger.warning("%s: %s: not what was written; %s", directory, ", ".join(wrong), remedy)
 
 
 def describe_model(model: PreTrainedModel, directory: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from minimind_dpo.config import TrainConfig
 from minimind_dpo.engine.protocol import Engine, unwrap
-from minimind_dpo.engine.ranks import decide
+from minimind_dpo.engine.ranks import decide, on_main
 from minimind_dpo.models.fast.products import TORCH
 from minimind_dpo.objective.layout import PairLayout, adopt_layout
 from minimind_dpo.objective.scoring import PairScorer
@@ -118,6 +118,8 @@ def make_reference(
         if open_complete(engine, cache, needed):
             loaded.model = None
             return CachedReference(cache)
+        if loaded.by_auto and on_main(engine, lambda: cache.was_complete(needed)):
+            loaded.mode = "cache"  # it was damaged since: mended, it gives the same bits again
     scorer: Any = policy
     if loaded.model is not None:
         scorer = PairScorer(loaded.model, policy.library)

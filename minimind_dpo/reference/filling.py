@@ -98,7 +98,8 @@ class CacheFiller:
             StoppedEarly: `stop` said so on any rank; finished chunks are kept.
         """
         world_size, rank = self.engine.world_size, self.engine.rank
-        self.cache.open(on_main(self.engine, self.cache.merge))
+        self.cache.directory = on_main(self.engine, self.cache.claim)
+        self.cache.open(on_main(self.engine, self.cache.mend))
         scored = merged = 0
         rounds = tqdm(
             range(0, needed.chunks(), world_size),

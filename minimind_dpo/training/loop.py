@@ -149,7 +149,7 @@ def _log_step(run: Run, log: RunLog, numbers: StepNumbers, learning_rate: float,
 
 def _save(run: Run, log: RunLog, clock: Clock) -> None:
     clock.store(run.state)
-    log.sync()
+    log.sync(run.state)
     save_checkpoint(
         run.engine, run.output_dir / "checkpoints", run.state, run.config.save_total_limit, partial(_describe, run)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import sys
@@ -11,31 +12,56 @@ from typing import Any
 
 import psutil
 import torch
+import xxhash
 
 from minimind_dpo.engine.protocol import Engine
-from minimind_dpo.files import sync, write_text
+from minimind_dpo.files import open_itself, sync, write_text, writing
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsFile:
     """metrics.jsonl of a run: appended a line at a time, cut back to a checkpoint's step on resume."""
 
     def __init__(self, path: Path, last_step: int | None):
-        """Open for appending; keep the lines up to `last_step`, or none when there is nothing to resume."""
+        """Open for appending; keep the lines up to `last_step`, or none when there is nothing to resume.
+
+        Raises:
+            UserError: the file can't be written.
+            TrainingError: the disk is full.
+        """
         self.path = path
-        kept = [] if last_step is None else [line for line in self.lines() if line["step"] <= last_step]
-        write_text(path, "".join(_dump(line) for line in kept))
+        kept = [] if last_step is None else [_dump(line) for line in self.lines() if line["step"] <= last_step]
+        self._count, self._digest = len(kept), xxhash.xxh3_128("".join(kept).encode())
+        with writing(path, "output_dir"):
+            write_text(path, "".join(kept))
 
     def lines(self) -> list[dict[str, Any]]:
-        """Every complete line; a last one that a crash cut short is left out."""
+        """Every complete line; those that are no lines of metrics are left out, as is said, and one cut short."""
         if not self.path.exists():
             return []
-        complete = self.path.read_text("utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in complete if line.endswith("\n")]
+        complete = self.path.read_bytes().split(b"\n")[:-1]
+        lines = [_parsed(line) for line in complete]
+        if bad := [str(number) for number, line in enumerate(lines, 1) if line is None]:
+            logger.warning("%s: left out, as no lines of metrics: %s", self.path, ", ".join(bad))
+        return [line for line in lines if line is not None]
 
     def append(self, line: dict[str, Any]) -> None:
-        """Write one line and hand it to the operating system; a number that is not finite becomes null."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(_dump(_without_nan(line)))
+        """Write one line and hand it to the operating system; a number that is not finite becomes null.
+
+        Raises:
+            UserError: the file can't be written.
+            TrainingError: the disk is full.
+        """
+        text = _dump(_without_nan(line))
+        with writing(self.path, "output_dir"), open(self.path, "a", encoding="utf-8", opener=open_itself) as file:
+            file.write(text)
+        self._count += 1
+        self._digest.update(text.encode())
+
+    def written(self) -> list[Any]:
+        """How many lines there are, and their checksum."""
+        return [self._count, self._digest.hexdigest()]
 
     def sync(self) -> None:
         """Make what is written survive a power cut."""
@@ -46,6 +72,15 @@ def _without_nan(line: dict[str, Any]) -> dict[str, Any]:
     """The same line with null for numbers that are not finite, which JSON does not have."""
     is_wrong = {name: isinstance(value, float) and not math.isfinite(value) for name, value in line.items()}
     return {name: None if is_wrong[name] else value for name, value in line.items()}
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics; None if it is something else."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) and type(values.get("step")) is int else None
 
 
 def _dump(line: dict[str, Any]) -> str:

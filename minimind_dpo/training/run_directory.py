@@ -10,19 +10,20 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from minimind_dpo.checkpoints.directory import set_aside_later
+from minimind_dpo.checkpoints.state import TrainerState
 from minimind_dpo.config import save_config
 from minimind_dpo.engine.protocol import Engine
 from minimind_dpo.engine.ranks import decide
 from minimind_dpo.errors import UserError
-from minimind_dpo.files import replacing, sweep, write_text
+from minimind_dpo.files import open_itself, replacing, sweep, write_text, writing
 from minimind_dpo.models.adapters import has_adapters
-from minimind_dpo.models.saving import save_adapter, save_model
+from minimind_dpo.models.saving import save_adapter, save_model, seal_model
 from minimind_dpo.report.page import write_report
 from minimind_dpo.training.metrics import MetricsFile, peak_memory_gib
 from minimind_dpo.training.run import Run
@@ -30,6 +31,9 @@ from minimind_dpo.training.schedule import is_due
 from minimind_dpo.training.trackers import start_trackers
 
 logger = logging.getLogger(__name__)
+
+_DIRECTORIES = ("checkpoints", "model", "adapter")
+_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "report.html")
 
 
 @contextmanager
@@ -41,10 +45,14 @@ def locked(directory: Path, patience: float = 30.0) -> Iterator[None]:
         patience: seconds to wait for a run that is about to end, as one that a signal has just stopped.
 
     Raises:
-        UserError: another run holds it.
+        UserError: another run holds it, or nothing can be written there.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("a+", encoding="utf-8") as file:
+    with ExitStack() as stack:
+        with writing(directory, "output_dir"):
+            directory.mkdir(parents=True, exist_ok=True)
+            _check_names(directory)
+            lock = open(directory / ".lock", "a+", encoding="utf-8", opener=open_itself)
+        file = stack.enter_context(lock)
         deadline = time.monotonic() + patience
         while not _lock(file):
             if time.monotonic() > deadline:
@@ -58,6 +66,15 @@ def locked(directory: Path, patience: float = 30.0) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+def _check_names(directory: Path) -> None:
+    """Find at the start what a run would only come upon when it saves."""
+    wrong = [name for name in _DIRECTORIES if (path := directory / name).exists() and not path.is_dir()]
+    wrong += [name for name in _FILES if (directory / name).is_dir()]
+    if wrong:
+        kind = "a file" if wrong[0] in _DIRECTORIES else "a directory"
+        raise UserError(f"output_dir: {directory / wrong[0]} is {kind}; move it away, or choose another output_dir")
 
 
 def _lock(file: IO[str]) -> bool:
@@ -104,9 +121,10 @@ class RunLog:
         lines = [] if self.metrics is None else self.metrics.lines()
         return not decide(any(line["step"] == step and "eval_loss" in line for line in lines))
 
-    def sync(self) -> None:
-        """Make what is written survive a power cut."""
+    def sync(self, state: TrainerState) -> None:
+        """Make what is written survive a power cut, and note in `state` how much it is."""
         if self.metrics is not None:
+            state.metrics = self.metrics.written()
             self.metrics.sync()
 
 
@@ -114,39 +132,56 @@ def open_run(run: Run, resumed: bool) -> RunLog:
     """Prepare the run directory for the steps to come, and start the trackers. Collective."""
     metrics = None
     if run.engine.is_main:
-        sweep(run.output_dir)
-        if resumed:
-            set_aside_later(run.output_dir / "checkpoints", run.state.step)
-        save_config(run.config, run.output_dir / "config.yaml")
+        with writing(run.output_dir, "output_dir"):
+            sweep(run.output_dir)
+            if resumed:
+                set_aside_later(run.output_dir / "checkpoints", run.state.step)
+            save_config(run.config, run.output_dir / "config.yaml")
         metrics = MetricsFile(run.output_dir / "metrics.jsonl", last_step=run.state.step if resumed else None)
+        _compare(metrics, run.state)
     start_trackers(run.config, run.engine, run.state)
     run.engine.wait()
     return RunLog(metrics)
+
+
+def _compare(metrics: MetricsFile, state: TrainerState) -> None:
+    """Say so if the lines of before a resume are not those that were written."""
+    if state.metrics is not None and metrics.written() != state.metrics:
+        logger.warning(
+            "%s: the lines up to step %d are not those that were written: %d there, %d written; what is missing stays "
+            "missing in the report",
+            metrics.path,
+            state.step,
+            metrics.written()[0],
+            state.metrics[0],
+        )
 
 
 def finish_run(run: Run, log: RunLog) -> None:
     """Write model/ (with LoRA also adapter/), summary.json and report.html. Collective."""
     directory, state = run.output_dir, run.state
     peak = peak_memory_gib(run.engine)
-    if has_adapters(run.policy):
-        with _replacing_on_main(run.engine, directory / "adapter") as adapter:
-            save_adapter(run.policy, adapter)
-    with _replacing_on_main(run.engine, directory / "model") as model:
-        save_model(run.policy, model)
-        if model is not None:
-            run.tokenizer.save_pretrained(model)
-    if log.metrics is not None:
-        summary = _summary(run, log.metrics.lines(), peak)
-        write_text(directory / "summary.json", json.dumps(summary, indent=1))
-        report = write_report(directory)
-        logger.info(
-            "done: %d steps, %d pairs, %.1f s; model in %s, report in %s",
-            state.step,
-            summary["pairs_seen"],
-            state.seconds,
-            directory / "model",
-            report,
-        )
+    with writing(directory, "output_dir"):
+        if has_adapters(run.policy):
+            with _replacing_on_main(run.engine, directory / "adapter") as adapter:
+                save_adapter(run.policy, adapter)
+        with _replacing_on_main(run.engine, directory / "model") as model:
+            save_model(run.policy, model)
+            if model is not None:
+                run.tokenizer.save_pretrained(model)
+                seal_model(model)
+        if log.metrics is not None:
+            summary = _summary(run, log.metrics.lines(), peak)
+            write_text(directory / "summary.json", json.dumps(summary, indent=1))
+            report = write_report(directory)
+            logger.info(
+                "done: %d steps, %d pairs, %.1f s; model in %s, report in %s",
+                state.step,
+                summary["pairs_seen"],
+                state.seconds,
+                directory / "model",
+                report,
+            )
     run.engine.wait()
 
 

@@ -183,6 +183,12 @@ def _state(
         return dataclasses.replace(state, identity=now | DEFAULTS)
     saved = read_state(checkpoint)
     check_identity(saved, state, checkpoint, defaults=identity_before())
+    if saved.step > data.steps:
+        raise UserError(
+            f"max_steps: {checkpoint} has gone {saved.step} steps, the run would have {data.steps} "
+            "(max_steps or num_train_epochs); ask for as many at least, resume an older checkpoint by its path, or "
+            "choose another output_dir"
+        )
     if saved.total_steps != data.steps:
         logger.warning(
             "the run now has %d steps, not %d: from here on the learning rate follows the new length",
