@@ -77,6 +77,7 @@ class TrainConfig:
         choices=MATMULS,
     )
     gradient_checkpointing: bool = _free(False, "recompute activations in the backward pass")
+    dropout: float = _fixed(0.0, "the policy's dropout, whatever its configuration says", bounds=DROPOUT)
     weight_rounding: str = _fixed(
         "auto",
         "how fp32 weights become those of half-precision products: " + " | ".join(WEIGHT_ROUNDINGS),
@@ -101,6 +102,8 @@ class TrainConfig:
     lora_target_modules: list[str] = _fixed(
         [], "ends of the names of the adapted layers (default: all linear layers except the output layer)"
     )
+    use_dora: bool = _fixed(False, "LoRA that trains the length of each weight's rows apart from their direction")
+    use_rslora: bool = _fixed(False, "LoRA's product is scaled by lora_alpha / sqrt(lora_r) instead")
 
     train_data: list[str] = _free(
         [], "preference pairs: .jsonl/.json/.parquet files or globs, a datasets directory, or a hub id"

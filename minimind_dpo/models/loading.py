@@ -17,7 +17,7 @@ from minimind_dpo.checkpoints.state import read_state
 from minimind_dpo.engine.sharding import gathered, local_values
 from minimind_dpo.errors import UserError
 from minimind_dpo.files import is_raw_weights, looks_local
-from minimind_dpo.models.adapters import merge_adapters
+from minimind_dpo.models.adapters import merge_adapters, restore_adapters
 from minimind_dpo.models.overrides import apply_overrides, check_overrides, parse_dtype
 from minimind_dpo.models.quantization import dequantize, quantize
 from minimind_dpo.models.raw import load_raw
@@ -101,6 +101,12 @@ def locate_model(path: str) -> Path | None:
     return None
 
 
+def absolute_source(path: str) -> str:
+    """The name of a model as it can be opened from any working directory; a hub id stays what it is."""
+    location = Path(path).expanduser()
+    return str(location.resolve()) if location.exists() else path
+
+
 def is_checkpoint(location: Path) -> bool:
     """Whether a directory is a checkpoint of a run."""
     return (location / CHECKPOINT_STATE).is_file()
@@ -131,7 +137,8 @@ def _load_checkpoint(
             dequantize(model)
         if trained is not None:
             model.float()
-        merge_adapters(model, reader, settings["lora_alpha"] / settings["r"])
+        restore_adapters(model, location, reader)
+        merge_adapters(model)
         return model if dtype is None else model.to(dtype)  # type: ignore[arg-type]
     apply_overrides(config, overrides, str(location))
     with no_init_weights():

@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 from minimind_dpo.data.batch import PairBatch, pack_pairs, pad_pairs
 from minimind_dpo.errors import UserError
 from minimind_dpo.models.fast import attention, attention_blocks, attention_cpu, fusing, head, nodes, patch, products
-from minimind_dpo.objective.scoring import PairScorer, embedding_rows
+from minimind_dpo.models.probe import embedding_rows
+from minimind_dpo.objective.scoring import PairScorer
 
 logger = logging.getLogger(__name__)
 

@@ -114,10 +114,3 @@ def _kept(batch: PairBatch) -> Tensor:
     counted = torch.zeros(batch.input_ids.numel(), dtype=torch.bool, device=batch.input_ids.device)
     counted[batch.logit_positions] = True
     return counted.view_as(batch.input_ids)
-
-
-def embedding_rows(model: PreTrainedModel) -> int:
-    """Token ids that a model knows."""
-    embeddings = model.get_input_embeddings()
-    assert isinstance(embeddings, nn.Embedding)
-    return embeddings.num_embeddings

@@ -20,6 +20,7 @@ from minimind_dpo.engine.protocol import Engine
 from minimind_dpo.errors import UserError
 from minimind_dpo.files import replacing, sweep, write_text
 from minimind_dpo.models.adapters import has_adapters
+from minimind_dpo.models.probe import check_written, probe
 from minimind_dpo.models.saving import save_adapter, save_model
 from minimind_dpo.report.page import write_report
 from minimind_dpo.training.metrics import MetricsFile, peak_memory_gib
@@ -111,16 +112,25 @@ def open_run(run: Run, resumed: bool) -> RunLog:
 
 
 def finish_run(run: Run, log: RunLog) -> None:
-    """Write model/ (with LoRA also adapter/), summary.json and report.html. Collective."""
+    """Write model/ (with LoRA also adapter/), summary.json and report.html. Collective.
+
+    Raises:
+        TrainingError: LoRA's matrices were not merged into model/ as the policy has them.
+    """
     directory, state = run.output_dir, run.state
     peak = peak_memory_gib(run.engine)
+    expected = None
     if has_adapters(run.policy):
         with _replacing_on_main(run.engine, directory / "adapter") as adapter:
             save_adapter(run.policy, adapter)
+        with run.engine.autocast():
+            expected = probe(run.policy)
     with _replacing_on_main(run.engine, directory / "model") as model:
         save_model(run.policy, model)
         if model is not None:
             run.tokenizer.save_pretrained(model)
+            if expected is not None:
+                check_written(model, expected, trust_remote_code=run.config.trust_remote_code)
     if log.metrics is not None:
         summary = _summary(run, log.metrics.lines(), peak)
         write_text(directory / "summary.json", json.dumps(summary, indent=1))

@@ -24,10 +24,12 @@ from minimind_dpo.engine.ranks import decide, main_first
 from minimind_dpo.errors import UserError
 from minimind_dpo.files import is_raw_weights
 from minimind_dpo.models.adapters import add_adapters
-from minimind_dpo.models.loading import locate_model
+from minimind_dpo.models.dropout import set_dropout
+from minimind_dpo.models.loading import absolute_source, locate_model
+from minimind_dpo.models.probe import embedding_rows
 from minimind_dpo.objective.layout import choose_layout
 from minimind_dpo.objective.losses import LossSettings
-from minimind_dpo.objective.scoring import PairScorer, embedding_rows
+from minimind_dpo.objective.scoring import PairScorer
 from minimind_dpo.reference.cache import Needed
 from minimind_dpo.reference.choosing import load_reference, make_reference
 from minimind_dpo.training.run import Run
@@ -186,6 +188,9 @@ def _state(
 
 def _trainable(config: TrainConfig, policy: PreTrainedModel) -> PairScorer:
     """The policy's scorer in training mode, with what is trained and what is not."""
+    if configured := set_dropout(policy, config.dropout):
+        own = ", ".join(f"{name} {value:g}" for name, value in configured.items())
+        logger.info("dropout: %g, in place of the model's own (%s)", config.dropout, own)
     if config.lora_r is not None:
         add_adapters(
             policy,
@@ -193,8 +198,10 @@ def _trainable(config: TrainConfig, policy: PreTrainedModel) -> PairScorer:
             alpha=config.lora_alpha,
             dropout=config.lora_dropout,
             target_modules=config.lora_target_modules,
-            base=config.model_name_or_path,
+            base=absolute_source(config.model_name_or_path),
             seed=config.seed,
+            use_dora=config.use_dora,
+            use_rslora=config.use_rslora,
         )
     if config.gradient_checkpointing:
         policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
