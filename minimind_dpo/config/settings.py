@@ -67,6 +67,11 @@ class TrainConfig:
     ref_model_name_or_path: str | None = _free(None, "reference model (default: the policy's start)")
     tokenizer_name_or_path: str | None = _free(None, "tokenizer directory, .gguf file or hub id (default: the model's)")
     num_attention_heads: int | None = _free(None, "query heads of MiniMind raw weights (default 8)", bounds=POSITIVE)
+    ref_num_attention_heads: int | None = _free(
+        None,
+        "query heads of a reference of raw weights (default: the policy's if it is as wide, else 8)",
+        bounds=POSITIVE,
+    )
     trust_remote_code: bool = _free(False, "run code that comes with a hub model")
     attn_implementation: str = _free(
         "pairs", "pairs: packed shared-prefix batches; sdpa, eager, ...: one padded row a side"

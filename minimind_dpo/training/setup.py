@@ -26,12 +26,12 @@ from minimind_dpo.files import is_raw_weights
 from minimind_dpo.models.adapters import add_adapters
 from minimind_dpo.models.dropout import set_dropout
 from minimind_dpo.models.loading import absolute_source, locate_model
-from minimind_dpo.models.probe import embedding_rows
 from minimind_dpo.objective.layout import choose_layout
 from minimind_dpo.objective.losses import LossSettings
 from minimind_dpo.objective.scoring import PairScorer
 from minimind_dpo.reference.cache import Needed
 from minimind_dpo.reference.choosing import load_reference, make_reference
+from minimind_dpo.training.fitting import check_fits
 from minimind_dpo.training.run import Run
 from minimind_dpo.training.settle import identity_before, settle
 from minimind_dpo.training.signals import StopRequest
@@ -53,11 +53,11 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
     tokenizer = load_tokenizer(tokenizer_path(config), config.trust_remote_code)
     dtype = policy_dtype(config, engine, checkpoint)
     policy = load_start(config, dtype, engine.precision)
-    check_vocabulary(policy, tokenizer)
     data = load_data(config, engine, tokenizer)
     stop.listen()
     # from CPU memory, before the policy moves
     loaded = load_reference(config, engine, policy, load_configured, single_pass=data.is_single_pass())
+    check_fits((policy, loaded.model), tokenizer, (data.train, data.eval), config.max_length)
     state = _state(config, engine, data, {"dtype": dtype, "reference_digest": loaded.digest}, checkpoint)
     scorer = _trainable(config, policy)
     trained = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
@@ -127,16 +127,6 @@ def load_data(config: TrainConfig, engine: Engine, tokenizer: Any) -> RunData:
     order = PairOrder(len(train), global_batch, config.seed, config.shuffle)
     steps = total_steps(order.num_pairs, order.global_batch, config.num_train_epochs, config.max_steps)
     return RunData(train, held_out, order, steps)
-
-
-def check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
-    """Refuse a tokenizer with more tokens than the model embeds."""
-    rows = embedding_rows(model)
-    if len(tokenizer) > rows:
-        raise UserError(
-            f"tokenizer_name_or_path: the tokenizer has {len(tokenizer)} tokens but the model "
-            f"embeds only {rows}; name the tokenizer the model was trained with"
-        )
 
 
 def tokenizer_path(config: TrainConfig) -> str:
