@@ -14,8 +14,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from minimind_dpo.errors import TrainingError, UserError
 from minimind_dpo.models import load_model
-from minimind_dpo.models.adapters import add_adapters, merge_adapters
+from minimind_dpo.models.adapters import add_adapters
 from minimind_dpo.models.export import export_model
+from minimind_dpo.models.merging import merge_adapters
 from minimind_dpo.models.saving import save_adapter, save_model
 
 IDS = torch.arange(24).view(2, 12)
@@ -155,9 +156,9 @@ def test_runs_checkpoints_and_exports_are_the_policy(
 
 
 def test_a_merge_that_fails_ends_the_run(tmp_path: Path, inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
-    from minimind_dpo.models import adapters
+    from minimind_dpo.models import merging
 
-    monkeypatch.setattr(adapters.Weight, "value", lambda self: self.parameter.detach())  # forgets the matrices
+    monkeypatch.setattr(merging.Weight, "value", lambda self: self.parameter.detach())  # forgets the matrices
     with pytest.raises(TrainingError, match="does not compute what it was written of"):
         train_here(inputs.flags(tmp_path / "run", lora_r=2, max_steps=1))
     assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "summary.json").exists()
@@ -194,3 +195,63 @@ def test_what_cannot_be_merged_is_refused_at_start(kind: str, options: dict[str,
     settings: dict[str, Any] = {"r": 2, "alpha": 4, "dropout": 0.0, "target_modules": [], "base": "b", "seed": 0}
     with pytest.raises(UserError, match=message):
         add_adapters(model_of(kind), **settings | options)
+
+
+@pytest.mark.parametrize("lora", [{}, {"lora_r": 3}])
+def test_an_adapter_directory_is_a_policy_and_its_own_reference(
+    tmp_path: Path, inputs: Inputs, lora: dict[str, int]
+) -> None:
+    """Without `lora_r` its matrices are trained on; with it they are merged, and new ones trained beside them."""
+    assert train_here(inputs.flags(tmp_path / "first", lora_r=2, max_steps=2)) == 0
+    start = logits_of(load_model(tmp_path / "first"))
+    adapter = tmp_path / "first" / "adapter"
+    torch.testing.assert_close(logits_of(load_model(adapter)), start, rtol=1e-5, atol=1e-5)
+    flags = inputs.flags(tmp_path / "second", model_name_or_path=adapter, max_steps=2, save_steps=1, **lora)
+    assert train_here(flags) == 0
+    assert train_lines(tmp_path / "second")[0]["loss"] == pytest.approx(0.6931472, abs=1e-5)
+    final = logits_of(load_model(tmp_path / "second"))
+    assert float((final - start).abs().max()) > 1e-3
+    for source in (tmp_path / "second" / "adapter", tmp_path / "second" / "checkpoints" / "step-000002"):
+        torch.testing.assert_close(logits_of(load_model(source)), final, rtol=1e-5, atol=1e-5)
+    config = json.loads((tmp_path / "second" / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == lora.get("lora_r", 2)
+    assert config["base_model_name_or_path"] == str(adapter if lora else inputs.model)
+    written = export_model(tmp_path / "second" / "adapter", "hf", tmp_path / "exported")
+    assert (written / "tokenizer.json").is_file()
+
+
+def test_another_base_than_the_matrices_were_trained_beside(tmp_path: Path, inputs: Inputs) -> None:
+    own = inputs_with(tmp_path, inputs, "llama")
+    assert train_here(own.flags(tmp_path / "run", lora_r=2, max_steps=1, save_steps=1)) == 0
+    changed = load_model(own.model)
+    with torch.no_grad():
+        next(changed.parameters()).add_(1e-3)
+    changed.save_pretrained(own.model)
+    for place in ("adapter", "checkpoints/step-000001"):
+        with pytest.raises(UserError, match="trained beside other weights"):
+            load_model(tmp_path / "run" / place)
+
+
+def test_checkpoints_beside_raw_weights_open_with_their_heads(
+    tmp_path: Path, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer), rms_norm_eps=1e-5, rope_theta=1e6)
+    (tmp_path / "out").mkdir()
+    torch.save(model.state_dict(), tmp_path / "out" / "base.pth")
+    tokenizer.save_pretrained(tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out")
+    options = {"model_name_or_path": "base.pth", "num_attention_heads": 4, "lora_r": 2, "max_steps": 1, "save_steps": 1}
+    assert train_here(inputs.flags(tmp_path / "run", **options)) == 0
+    monkeypatch.chdir("/")
+    final = logits_of(load_model(tmp_path / "run"))
+    for place in ("adapter", "checkpoints/step-000001"):
+        torch.testing.assert_close(logits_of(load_model(tmp_path / "run" / place)), final, rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_that_are_no_lora_are_refused(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    config = {"peft_type": "IA3", "base_model_name_or_path": str(tmp_path / "base"), "task_type": "CAUSAL_LM"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="an adapter with .*IA3; only LoRA"):
+        load_model(tmp_path)

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import Parameter
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from minimind_dpo.checkpoints.files import FragmentReader
 from minimind_dpo.engine.sharding import gathered, is_partitioned
 from minimind_dpo.errors import UserError
-from minimind_dpo.models.quantization import plain_shape, plain_values
 
 ADAPTER = "default"
 # peft's classes whose matrices add to one weight of the layer they stand beside
@@ -92,7 +89,7 @@ def _widen(model: PreTrainedModel) -> None:
         return  # DeepSpeed steps fp32 copies of what it trains
     halves = False
     for name, parameter in model.named_parameters():
-        if _is_lora(name) and parameter.dtype != torch.float32:
+        if is_lora(name) and parameter.dtype != torch.float32:
             parameter.data, halves = parameter.data.float(), True
     for _, layer in lora_layers(model) if halves else ():
         if (variant := layer.lora_variant.get(ADAPTER)) is not None:
@@ -101,7 +98,7 @@ def _widen(model: PreTrainedModel) -> None:
 
 def has_adapters(model: PreTrainedModel) -> bool:
     """Whether LoRA matrices were added."""
-    return any(_is_lora(name) for name, _ in model.named_parameters())
+    return any(is_lora(name) for name, _ in model.named_parameters())
 
 
 def lora_layers(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
@@ -111,109 +108,37 @@ def lora_layers(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _is_lora(name: str) -> bool:
+def is_lora(name: str) -> bool:
     """Whether a parameter is one of LoRA's matrices; told by peft's name, since most runs never import peft."""
     return any(part.startswith("lora_") for part in name.split("."))
 
 
-def _plain(name: str) -> str:
-    """A name in the adapted model as it is without adapters; layers with several adapted weights are wrapped twice."""
-    return ".".join(part for part in name.split(".") if part != "base_layer")
+def attach_adapter(model: PreTrainedModel, directory: Path) -> None:
+    """Put the LoRA matrices of a directory that peft or a run wrote beside the weights of their base, in place.
 
-
-def _adapted_name(layer: Any) -> str:
-    """The attribute of the base layer that the matrices add to."""
-    return getattr(layer, "parameter_name", "weight")
-
-
-class Weight(NamedTuple):
-    """One weight of a model as it is saved: with LoRA, the base weight and what its matrices add.
-
-    Attributes:
-        name: of the weight in a model without adapters.
-        parameter: the base weight.
-        layer: the LoRA layer that adds to it, if one does.
+    Raises:
+        UserError: it is no LoRA, trains whole modules beside it, or does not fit the base.
     """
+    from peft import PeftConfig  # late: see above
 
-    name: str
-    parameter: Parameter
-    layer: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the whole weight."""
-        return plain_shape(self.parameter)
-
-    def parts(self) -> list[Tensor]:
-        """The parameters that `value` reads."""
-        return [self.parameter] if self.layer is None else [self.parameter, *self.layer.parameters()]
-
-    def value(self) -> Tensor:
-        """The weight to save, whole if its parts are; fp32 with what LoRA's matrices add, which rounding would lose."""
-        weight = plain_values(self.parameter)
-        if self.layer is None:
-            return weight
-        if (variant := self.layer.lora_variant.get(ADAPTER)) is not None:
-            return variant.merge_safe(self.layer, ADAPTER, weight.float()).detach()
-        return weight.float() + self.layer.get_delta_weight(ADAPTER).detach().float()
-
-
-def _weights(model: PreTrainedModel) -> list[list[Weight]]:
-    """The weights of `model` under their plain names; those in one list are one parameter."""
-    adapted = {f"{_plain(name)}.{_adapted_name(layer)}": layer for name, layer in lora_layers(model)}
-    shared: dict[int, list[Weight]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not _is_lora(name):
-            weight = Weight(_plain(name), parameter, adapted.get(_plain(name)))
-            shared.setdefault(id(parameter), []).append(weight)
-    return list(shared.values())
-
-
-def _stays_tied(weights: list[Weight]) -> bool:
-    """Whether the weights of one parameter are still one after merging."""
-    return len({id(weight.layer) for weight in weights}) == 1
-
-
-def merged_weights(model: PreTrainedModel) -> Iterator[Weight]:
-    """Every weight of `model` under its plain name, LoRA matrices merged; a tied one once, unless they untie it."""
-    for weights in _weights(model):
-        yield from weights[:1] if _stays_tied(weights) else weights
-
-
-def unties(model: PreTrainedModel) -> bool:
-    """Whether LoRA matrices add to one of two weights that were tied (embedding and head), so that they part."""
-    return not all(_stays_tied(weights) for weights in _weights(model))
-
-
-def untie(config: PreTrainedConfig) -> None:
-    """Have a configuration say that embedding and head are two weights."""
-    config.tie_word_embeddings = False
-    config.get_text_config().tie_word_embeddings = False
-
-
-@torch.no_grad()
-def merge_adapters(model: PreTrainedModel) -> None:
-    """Give every weight what LoRA matrices add to it and take them out, in place; all is trainable again."""
-    if unties(model):
-        untie(model.config)
-        model.all_tied_weights_keys = {}
-    for weights in _weights(model):
-        tied = _stays_tied(weights)
-        for weight in weights[:1] if tied else weights:
-            if weight.layer is None:
-                continue
-            with gathered(weight.parts(), modify=True):
-                value = weight.value().to(weight.parameter.dtype)
-                if tied:
-                    weight.parameter.copy_(value)
-                else:
-                    setattr(weight.layer.get_base_layer(), _adapted_name(weight.layer), Parameter(value))
-    for name, layer in list(lora_layers(model)):
-        if "base_layer" not in name.split("."):
-            model.set_submodule(name, layer.get_base_layer())
-    model._hf_peft_config_loaded = False
-    del model.peft_config
-    model.requires_grad_(True)
+    config: Any = PeftConfig.from_pretrained(str(directory))
+    if config.peft_type != "LORA" or config.modules_to_save:
+        kind = f"modules_to_save {config.modules_to_save}" if config.peft_type == "LORA" else str(config.peft_type)
+        raise UserError(
+            f"{directory}: an adapter with {kind}; only LoRA matrices are read. Merge it into its base with peft "
+            "(merge_and_unload, save_pretrained) and name that model"
+        )
+    layout_on_disk = getattr(model, "_weight_conversions", None)
+    try:
+        info = model.load_adapter(str(directory), adapter_name=ADAPTER, is_trainable=True)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise UserError(f"{directory}: this adapter cannot be put beside its base: {error}") from None
+    model._weight_conversions = layout_on_disk  # of the base; it has the adapter file's now
+    wrong = [*info.missing_keys, *(key for key in info.unexpected_keys if "base_layer" not in key)]
+    if wrong or info.mismatched_keys:
+        raise UserError(f"{directory}: this adapter does not fit its base: {sorted(map(str, wrong))[:6]}")
+    _check_mergeable(model)
+    _widen(model)
 
 
 @torch.no_grad()
@@ -230,6 +155,6 @@ def restore_adapters(model: PreTrainedModel, directory: Path, reader: FragmentRe
     model.add_adapter(LoraConfig.from_pretrained(str(directory)), adapter_name=ADAPTER)
     _widen(model)
     for name, parameter in model.named_parameters():
-        if _is_lora(name):
+        if is_lora(name):
             with gathered([parameter], modify=True):
                 parameter.copy_(reader.weight(name))

@@ -18,7 +18,9 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from minimind_dpo.engine.sharding import gathered
-from minimind_dpo.models.adapters import ADAPTER, has_adapters, merged_weights, untie, unties
+from minimind_dpo.models.adapters import ADAPTER, has_adapters
+from minimind_dpo.models.bases import write_base
+from minimind_dpo.models.merging import merged_weights, untie, unties
 
 SHARD_BYTES = 4 << 30
 ADAPTER_WEIGHTS = "adapter_model.safetensors"  # peft's name
@@ -125,3 +127,4 @@ def describe_adapter(model: PreTrainedModel, directory: Path) -> None:
     """Write what LoRA matrices a model has, if it has any, as peft's configuration."""
     if has_adapters(model):
         model.peft_config[ADAPTER].save_pretrained(directory)
+        write_base(model, directory)

@@ -20,6 +20,7 @@ from minimind_dpo.engine.protocol import Engine
 from minimind_dpo.errors import UserError
 from minimind_dpo.files import replacing, sweep, write_text
 from minimind_dpo.models.adapters import has_adapters
+from minimind_dpo.models.portable import make_portable
 from minimind_dpo.models.probe import check_written, probe
 from minimind_dpo.models.saving import save_adapter, save_model
 from minimind_dpo.report.page import write_report
@@ -129,6 +130,7 @@ def finish_run(run: Run, log: RunLog) -> None:
         save_model(run.policy, model)
         if model is not None:
             run.tokenizer.save_pretrained(model)
+            make_portable(model)
             if expected is not None:
                 check_written(model, expected, trust_remote_code=run.config.trust_remote_code)
     if log.metrics is not None:

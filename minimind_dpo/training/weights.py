@@ -15,7 +15,8 @@ from minimind_dpo.engine.launched import HALF_TYPES
 from minimind_dpo.engine.optimizers import bitsandbytes
 from minimind_dpo.engine.protocol import Engine
 from minimind_dpo.files import is_raw_weights
-from minimind_dpo.models.loading import load_model, locate_model
+from minimind_dpo.models.loading import load_adapted, load_model
+from minimind_dpo.models.places import is_adapter, locate_model
 from minimind_dpo.models.quantization import quantize
 from minimind_dpo.models.raw import raw_layout
 
@@ -62,12 +63,21 @@ def load_start(config: TrainConfig, dtype: str, precision: str) -> PreTrainedMod
         UserError: bitsandbytes is needed and not installed.
     """
     if config.quantization == "none":
+        location = locate_model(config.model_name_or_path)
+        if config.lora_r is None and location is not None and is_adapter(location):
+            return _load_adapter(config, location)
         return load_configured(config, config.model_name_or_path, dtype)
     bitsandbytes(f"quantization: {config.quantization}")  # before anything is loaded
     policy = load_configured(config, config.model_name_or_path, dtype)
     # products in fp32 unless the run's are not: their sum with LoRA's would round away its first updates
     quantize(policy, torch.float32 if precision == "no" else policy.dtype)
     return policy
+
+
+def _load_adapter(config: TrainConfig, location: Path) -> PreTrainedModel:
+    """The base and the matrices of an adapter, to be trained on as they are."""
+    attention = {} if config.attends_pairs else {"attn_implementation": config.attn_implementation}
+    return load_adapted(location, torch.float32, trust_remote_code=config.trust_remote_code, **attention)
 
 
 def load_reference_start(config: TrainConfig, engine: Engine) -> PreTrainedModel:
