@@ -128,7 +128,7 @@ def attach_adapter(model: PreTrainedModel, directory: Path) -> None:
             f"{directory}: an adapter with {kind}; only LoRA matrices are read. Merge it into its base with peft "
             "(merge_and_unload, save_pretrained) and name that model"
         )
-    layout_on_disk = getattr(model, "_weight_conversions", None)
+    layout_on_disk: Any = getattr(model, "_weight_conversions", None)
     try:
         info = model.load_adapter(str(directory), adapter_name=ADAPTER, is_trainable=True)
     except (ValueError, RuntimeError, OSError) as error:

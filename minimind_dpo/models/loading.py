@@ -71,11 +71,7 @@ def load_model(
     if location is not None and is_checkpoint(location):
         model = _load_checkpoint(location, wanted, attn_implementation, trust_remote_code, overrides)
     elif location is not None and is_adapter(location):
-        model = load_adapted(
-            location, wanted, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code, **overrides
-        )
-        merge_adapters(model)
-        model = model if wanted is None else model.to(wanted)  # type: ignore[arg-type]
+        model = _load_merged(location, wanted, attn_implementation, trust_remote_code, overrides)
     elif location is not None and is_raw_weights(location):
         model = load_raw(location, wanted, attn_implementation, num_attention_heads, overrides)
     elif num_attention_heads is not None:
@@ -131,6 +127,16 @@ def load_adapted(location: Path, dtype: torch.dtype | None = None, **options: An
     return model
 
 
+def _load_merged(
+    location: Path, dtype: torch.dtype | None, attn_implementation: str | None, trust_remote_code: bool, overrides: dict
+) -> PreTrainedModel:
+    """Load a base with the LoRA matrices of a directory merged into it."""
+    options: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    model = load_adapted(location, dtype, **options, **overrides)
+    merge_adapters(model)
+    return model if dtype is None else model.to(dtype)  # type: ignore[arg-type]
+
+
 def _base_before(location: Path) -> AdapterBase:
     """What can be known of a base that nothing was noted of."""
     if not is_checkpoint(location):
@@ -148,9 +154,7 @@ def _load_checkpoint(
     config = checkpoint_config(location, trust_remote_code)
     options: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     if (location / ADAPTER_CONFIG).is_file():
-        model = load_adapted(location, dtype, **options, **overrides)
-        merge_adapters(model)
-        return model if dtype is None else model.to(dtype)  # type: ignore[arg-type]
+        return _load_merged(location, dtype, attn_implementation, trust_remote_code, overrides)
     apply_overrides(config, overrides, str(location))
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype, **options)

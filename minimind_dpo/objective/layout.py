@@ -91,7 +91,8 @@ def choose_layout(
         expected = _probe_head(scorer, device, agree)
         if attn_implementation != "pairs":
             return PLAIN
-        problem = agree(_problem(scorer, PACKED, expected))
+        problem = "its rotary frequencies depend on the length of a row" if scorer.needs_rows else None
+        problem = problem or agree(_problem(scorer, PACKED, expected))
     if problem is None:
         return PACKED
     logger.warning(
@@ -132,7 +133,8 @@ def adopt_layout(
         return
     with _probing(scorer, autocast):
         expected = _probe_head(scorer, device, agree)
-        problem = agree(_problem(scorer, PACKED, expected)) if layout is PACKED else None
+        problem = "its rotary frequencies depend on the length of a row" if scorer.needs_rows else None
+        problem = (problem or agree(_problem(scorer, PACKED, expected))) if layout is PACKED else None
     if problem is not None:
         raise UserError(
             f"ref_model_name_or_path: {type(scorer.model).__name__} cannot attend over packed pairs as the "
