@@ -55,8 +55,9 @@ def _precompute(config: TrainConfig, session: Session) -> None:
     from minimind_dpo.reference.choosing import make_cache, weight_rounding
     from minimind_dpo.reference.digest import reference_digest
     from minimind_dpo.reference.filling import fill_cache
+    from minimind_dpo.training.fitting import check_fits
     from minimind_dpo.training.settle import settle
-    from minimind_dpo.training.setup import check_vocabulary, load_data, tokenizer_path
+    from minimind_dpo.training.setup import load_data, tokenizer_path
     from minimind_dpo.training.weights import load_reference_start
 
     engine = session.engine
@@ -64,8 +65,9 @@ def _precompute(config: TrainConfig, session: Session) -> None:
     tokenizer = load_tokenizer(tokenizer_path(config), config.trust_remote_code)
     with engine.loading_reference(offload=False):
         model = load_reference_start(config, engine)
-    check_vocabulary(model, tokenizer)
-    needed = load_data(config, engine, tokenizer, session.stop.signalled).needed()
+    data = load_data(config, engine, tokenizer, session.stop.signalled)
+    check_fits((model,), tokenizer, (data.train, data.eval), config.max_length)
+    needed = data.needed()
     digest = reference_digest(model, engine.weights_dtype)
     scorer = engine.freeze(PairScorer(model, config.matmul), False, weight_rounding(config))
     layout = choose_layout(unwrap(scorer), config.attn_implementation, engine.device, engine.autocast, decide)

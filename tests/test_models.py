@@ -418,3 +418,21 @@ def test_extra_arguments_reach_a_registered_attention(raw_path, generation: int,
     logits = model(input_ids, use_cache=False, pair_segments=[(0, 9)]).logits
     assert seen == [(None, [(0, 9)], layer) for layer in range(LAYERS)]
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.module."])
+def test_prefixes_of_wrappers_are_stripped_with_a_notice(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, prefix: str
+) -> None:
+    state = raw_state(3, True)
+    wrapped = {prefix + key: tensor for key, tensor in state.items()}
+    model = load_model(save_raw(tmp_path / "wrapped.pth", wrapped))
+    assert f"keys such as {prefix}" in caplog.text
+    assert equal_states(model, load_model(save_raw(tmp_path / "plain.pth", state)))
+
+
+def test_weights_that_are_there_twice_are_refused(tmp_path: Path) -> None:
+    state = raw_state(3, False)
+    key = next(iter(state))
+    with pytest.raises(UserError, match="there twice"):
+        load_model(save_raw(tmp_path / "twice.pth", state | {"_orig_mod." + key: state[key]}))

@@ -228,6 +228,8 @@ def _check(config: TrainConfig, skip: set[str]) -> list[str]:
         problems.append("reference: adapter is the policy without its LoRA matrices; set lora_r too")
     if config.reference == "adapter" and config.ref_model_name_or_path is not None:
         problems.append("reference: adapter is the policy's own start; remove ref_model_name_or_path")
+    if config.ref_num_attention_heads is not None and config.ref_model_name_or_path is None:
+        problems.append("ref_num_attention_heads: is for a reference of its own; set ref_model_name_or_path too")
     if config.lr_scheduler_type == "minimind" and config.warmup_ratio:
         problems.append("warmup_ratio: lr_scheduler_type minimind has no warmup; use cosine_with_min_lr")
     if config.eval_steps is not None and not config.eval_data and "eval_data" not in skip:

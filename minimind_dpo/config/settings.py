@@ -70,6 +70,11 @@ class TrainConfig:
     ref_model_name_or_path: str | None = _free(None, "reference model (default: the policy's start)")
     tokenizer_name_or_path: str | None = _free(None, "tokenizer directory, .gguf file or hub id (default: the model's)")
     num_attention_heads: int | None = _free(None, "query heads of MiniMind raw weights (default 8)", bounds=POSITIVE)
+    ref_num_attention_heads: int | None = _free(
+        None,
+        "query heads of a reference of raw weights (default: the policy's if it is as wide, else 8)",
+        bounds=POSITIVE,
+    )
     trust_remote_code: bool = _free(False, "run code that comes with a hub model")
     attn_implementation: str = _free(
         "pairs", "pairs: packed shared-prefix batches; sdpa, eager, ...: one padded row a side"
@@ -80,6 +85,7 @@ class TrainConfig:
         choices=MATMULS,
     )
     gradient_checkpointing: bool = _free(False, "recompute activations in the backward pass")
+    dropout: float = _fixed(0.0, "the policy's dropout, whatever its configuration says", bounds=DROPOUT)
     weight_rounding: str = _fixed(
         "auto",
         "how fp32 weights become those of half-precision products: " + " | ".join(WEIGHT_ROUNDINGS),
@@ -104,6 +110,8 @@ class TrainConfig:
     lora_target_modules: list[str] = _fixed(
         [], "ends of the names of the adapted layers (default: all linear layers except the output layer)"
     )
+    use_dora: bool = _fixed(False, "LoRA that trains the length of each weight's rows apart from their direction")
+    use_rslora: bool = _fixed(False, "LoRA's product is scaled by lora_alpha / sqrt(lora_r) instead")
 
     train_data: list[str] = _free(
         [], "preference pairs: .jsonl/.json/.parquet files or globs, a datasets directory, or a hub id"

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from minimind_dpo.checkpoints.files import FragmentReader
 from minimind_dpo.engine.sharding import gathered, is_partitioned
 from minimind_dpo.errors import UserError
-from minimind_dpo.models.quantization import plain_shape, plain_values
-
-if TYPE_CHECKING:
-    from peft.tuners.lora import LoraLayer
 
 ADAPTER = "default"
+# peft's classes whose matrices add to one weight of the layer they stand beside
+_MERGEABLE = ("Linear", "Linear4bit", "Embedding", "Conv1d", "Conv2d", "Conv3d", "ParamWrapper")
 
 
 def add_adapters(
-    model: PreTrainedModel, *, r: int, alpha: float, dropout: float, target_modules: Sequence[str], base: str, seed: int
+    model: PreTrainedModel,
+    *,
+    r: int,
+    alpha: float,
+    dropout: float,
+    target_modules: Sequence[str],
+    base: str,
+    seed: int,
+    use_dora: bool = False,
+    use_rslora: bool = False,
 ) -> None:
     """Freeze `model` and put trainable fp32 LoRA matrices beside its linear layers, in place.
 
@@ -34,9 +40,11 @@ def add_adapters(
         target_modules: names of the linear layers, or the ends of their names; all except the output layer by default.
         base: where the model came from, noted for those who open the adapter.
         seed: of their start, the same on every rank.
+        use_dora: train the length of each weight's rows apart from their direction (DoRA, arXiv:2402.09353).
+        use_rslora: scale by `alpha / sqrt(r)` instead (rsLoRA, arXiv:2312.03732).
 
     Raises:
-        UserError: no layer of the model has such a name.
+        UserError: no layer of the model has such a name, or what was added could not be merged into the weights.
     """
     from peft import LoraConfig  # late: a second, for runs with LoRA only
 
@@ -46,87 +54,107 @@ def add_adapters(
         lora_dropout=dropout,
         task_type="CAUSAL_LM",
         target_modules=list(target_modules) or "all-linear",
-        base_model_name_or_path=base,
+        use_dora=use_dora,
+        use_rslora=use_rslora,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
             model.add_adapter(config, adapter_name=ADAPTER)
         except ValueError as error:
-            raise UserError(f"lora_target_modules: {error}") from None
+            stacked = "; stacked experts have neither lora_dropout nor use_dora" if "ParamWrapper" in str(error) else ""
+            raise UserError(f"lora_target_modules: {error}{stacked}") from None
+    config.base_model_name_or_path = base  # `add_adapter` has put its own there
+    _check_mergeable(model)
+    _widen(model)
+
+
+def _check_mergeable(model: PreTrainedModel) -> None:
+    """Refuse layers whose weight and what is added to it cannot become one weight."""
+    wrong = [
+        f"{name} ({type(module.get_base_layer()).__name__})"
+        for name, module in lora_layers(model)
+        if type(module).__name__ not in _MERGEABLE or module.lora_bias[ADAPTER]
+    ]
+    if wrong:
+        raise UserError(
+            f"lora_target_modules: LoRA matrices beside {', '.join(wrong)} could not be merged into model/ at the end. "
+            "Name linear layers, embeddings or experts."
+        )
+
+
+def _widen(model: PreTrainedModel) -> None:
+    """Make what is trained fp32: peft gives it the type of its layer, and measures DoRA's lengths in it."""
     if any(is_partitioned(parameter) for parameter in model.parameters()):
         return  # DeepSpeed steps fp32 copies of what it trains
+    halves = False
     for name, parameter in model.named_parameters():
-        if _is_lora(name):  # peft gives them the type of their layer
-            parameter.data = parameter.data.float()
+        if is_lora(name) and parameter.dtype != torch.float32:
+            parameter.data, halves = parameter.data.float(), True
+    for _, layer in lora_layers(model) if halves else ():
+        if (variant := layer.lora_variant.get(ADAPTER)) is not None:
+            variant.init(layer, adapter_name=ADAPTER)
 
 
 def has_adapters(model: PreTrainedModel) -> bool:
     """Whether LoRA matrices were added."""
-    return any(_is_lora(name) for name, _ in model.named_parameters())
+    return any(is_lora(name) for name, _ in model.named_parameters())
 
 
-def _is_lora(name: str) -> bool:
+def lora_layers(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
+    """Every layer that LoRA matrices were put beside, by its name in the adapted model, shared ones once a name."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if hasattr(module, "lora_A"):
+            yield name, module
+
+
+def is_lora(name: str) -> bool:
     """Whether a parameter is one of LoRA's matrices; told by peft's name, since most runs never import peft."""
     return any(part.startswith("lora_") for part in name.split("."))
 
 
-class Weight(NamedTuple):
-    """One weight of a model as it is saved: with LoRA, the base weight and what its matrices add.
+def attach_adapter(model: PreTrainedModel, directory: Path) -> None:
+    """Put the LoRA matrices of a directory that peft or a run wrote beside the weights of their base, in place.
 
-    Attributes:
-        name: of the weight in a model without adapters.
-        parameter: the base weight.
-        layer: the LoRA layer that adds to it, if one does.
+    Raises:
+        UserError: it is no LoRA, trains whole modules beside it, or does not fit the base.
     """
+    from peft import PeftConfig  # late: see above
 
-    name: str
-    parameter: Parameter
-    layer: LoraLayer | None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the whole weight."""
-        return plain_shape(self.parameter)
-
-    def parts(self) -> list[Tensor]:
-        """The parameters that `value` reads."""
-        if self.layer is None:
-            return [self.parameter]
-        return [self.parameter, *self.layer.lora_A.parameters(), *self.layer.lora_B.parameters()]
-
-    def value(self) -> Tensor:
-        """The weight to save, whole if its parts are; fp32 with what LoRA's matrices add, which rounding would lose."""
-        weight = plain_values(self.parameter)
-        if self.layer is None:
-            return weight
-        delta = self.layer.get_delta_weight(ADAPTER).detach()  # type: ignore[attr-defined]
-        return weight.float() + delta.float()
+    config: Any = PeftConfig.from_pretrained(str(directory))
+    if config.peft_type != "LORA" or config.modules_to_save:
+        kind = f"modules_to_save {config.modules_to_save}" if config.peft_type == "LORA" else str(config.peft_type)
+        raise UserError(
+            f"{directory}: an adapter with {kind}; only LoRA matrices are read. Merge it into its base with peft "
+            "(merge_and_unload, save_pretrained) and name that model"
+        )
+    layout_on_disk: Any = getattr(model, "_weight_conversions", None)
+    try:
+        info = model.load_adapter(str(directory), adapter_name=ADAPTER, is_trainable=True)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise UserError(f"{directory}: this adapter cannot be put beside its base: {error}") from None
+    model._weight_conversions = layout_on_disk  # of the base; it has the adapter file's now
+    wrong = [*info.missing_keys, *(key for key in info.unexpected_keys if "base_layer" not in key)]
+    if wrong or info.mismatched_keys:
+        raise UserError(f"{directory}: this adapter does not fit its base: {sorted(map(str, wrong))[:6]}")
+    _check_mergeable(model)
+    _widen(model)
 
 
-def merged_weights(model: PreTrainedModel) -> Iterator[Weight]:
-    """Every weight of `model` under its plain name, a tied one once; LoRA matrices are merged into theirs."""
-    adapted = {
-        f"{name}.base_layer.weight": module for name, module in model.named_modules() if hasattr(module, "lora_A")
-    }
-    for name, parameter in model.named_parameters():
-        if not _is_lora(name):
-            yield Weight(name.replace(".base_layer.", "."), parameter, adapted.get(name))  # type: ignore[arg-type]
-
-
-def merge_adapters(model: PreTrainedModel, reader: FragmentReader, scaling: float) -> None:
-    """Add the LoRA matrices of a checkpoint to the weights of the base model they were trained beside, in place.
+@torch.no_grad()
+def restore_adapters(model: PreTrainedModel, directory: Path, reader: FragmentReader) -> None:
+    """Put the LoRA matrices of a checkpoint beside the weights of the base model they were trained beside, in place.
 
     Args:
         model: the base model.
+        directory: of the checkpoint, with the configuration of its matrices.
         reader: of the checkpoint.
-        scaling: of the matrices' product: alpha / r.
     """
-    ends = (f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight")
-    for name in reader.shapes:
-        if name.endswith(ends[0]):
-            layer = name.removesuffix(ends[0])
-            weight = model.get_parameter(f"{layer}.weight")
-            delta = reader.weight(layer + ends[1]) @ reader.weight(name) * scaling
-            with torch.no_grad(), gathered([weight], modify=True):
-                weight.copy_(weight.float() + delta)
+    from peft import LoraConfig  # late: see above
+
+    model.add_adapter(LoraConfig.from_pretrained(str(directory)), adapter_name=ADAPTER)
+    _widen(model)
+    for name, parameter in model.named_parameters():
+        if is_lora(name):
+            with gathered([parameter], modify=True):
+                parameter.copy_(reader.weight(name))

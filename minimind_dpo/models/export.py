@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,12 +11,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from minimind_dpo.checkpoints.directory import checkpoint_problem
 from minimind_dpo.checkpoints.files import FragmentReader
-from minimind_dpo.data.chat import load_tokenizer
-from minimind_dpo.errors import UserError
+from minimind_dpo.errors import TrainingError, UserError
 from minimind_dpo.files import replacing, writing
-from minimind_dpo.models.loading import ADAPTER_CONFIG, checkpoint_config, is_checkpoint, load_model, locate_model
+from minimind_dpo.models.loading import checkpoint_config, load_model
 from minimind_dpo.models.overrides import parse_dtype
+from minimind_dpo.models.places import ADAPTER_CONFIG, is_checkpoint, locate_model
+from minimind_dpo.models.portable import make_portable
+from minimind_dpo.models.probe import check_written, probe
 from minimind_dpo.models.saving import SHARD_BYTES, describe_model, seal_model, split_shards, write_shards
+from minimind_dpo.models.tokenizer_files import copy_tokenizer
 from minimind_dpo.models.weights import (
     MODEL_CLASSES,
     WeightLayout,
@@ -27,17 +29,6 @@ from minimind_dpo.models.weights import (
     summarize,
 )
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 # What MiniMind's code has built in, by the names that transformers' configurations give it.
 BUILT_IN = (
     "hidden_act",
@@ -135,26 +126,36 @@ def minimind_layout(model: PreTrainedModel, source: str) -> WeightLayout:
 
 def _export_minimind(model: PreTrainedModel, source: str, target: Path, dtype: torch.dtype) -> Path:
     """Write one file of contiguous, separate tensors under MiniMind's keys."""
-    state = {key: tensor.to(dtype, copy=True).contiguous() for key, tensor in minimind_view(model.state_dict()).items()}
+    _cast(model, dtype)
+    state = {key: tensor.clone().contiguous() for key, tensor in minimind_view(model.state_dict()).items()}
     _check_overflow(state, dtype, source)
-    with writing(target, "--output"), replacing(target) as temporary, temporary.open("wb") as file:
-        torch.save(state, file)
+    with writing(target, "--output"), replacing(target) as temporary:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+        check_written(
+            temporary, probe(_cast(model, torch.float32)), num_attention_heads=model.config.num_attention_heads
+        )
     return target
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Give all parameters another type, in place; what a model computes for itself (rotary frequencies) stays."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _export_hf(model: PreTrainedModel, source: str, target: Path, dtype: torch.dtype | None) -> Path:
     """Write a `save_pretrained` directory, with the source's tokenizer files as they are."""
     if dtype is not None:
-        model.to(dtype=dtype)  # type: ignore[call-arg]
+        _cast(model, dtype)
         _check_overflow(model.state_dict(), dtype, source)
-    folder = locate_model(source)
     with writing(target, "--output"), replacing(target) as temporary:
         model.save_pretrained(temporary)
-        if folder is not None and folder.suffix == ".gguf":
-            load_tokenizer(folder).save_pretrained(temporary)
-        elif folder is not None:
-            _copy_tokenizer(folder, temporary)
+        copy_tokenizer(source, temporary)
+        make_portable(temporary)
         seal_model(temporary)
+        check_written(temporary, probe(_cast(model, torch.float32)))
     return target
 
 
@@ -178,15 +179,23 @@ def _export_checkpoint(checkpoint: Path, target: Path, dtype: torch.dtype, shard
         temporary.mkdir()
         write_shards(model, tensors(), len(shards), temporary)
         describe_model(model, temporary)
-        _copy_tokenizer(checkpoint, temporary)
+        copy_tokenizer(str(checkpoint), temporary)
+        make_portable(temporary)
         seal_model(temporary)
+        _check_weights(temporary, reader, dtype)
     return target
 
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+def _check_weights(written: Path, reader: FragmentReader, dtype: torch.dtype) -> None:
+    """Compare what was written, as it is read, with a checkpoint, one weight at a time.
+
+    Raises:
+        TrainingError: they differ.
+    """
+    parameters = load_model(written, dtype=dtype).named_parameters()
+    wrong = [name for name, parameter in parameters if not torch.equal(parameter, reader.weight(name).to(dtype))]
+    if wrong:
+        raise TrainingError(f"{written.name}: not what the checkpoint holds: {summarize(wrong)}. Please report this.")
 
 
 def _check_overflow(state: dict[str, Tensor], dtype: torch.dtype, source: str) -> None:

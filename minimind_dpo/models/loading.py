@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,24 @@ from minimind_dpo.checkpoints.files import FragmentReader
 from minimind_dpo.checkpoints.state import read_state
 from minimind_dpo.engine.sharding import gathered, local_values
 from minimind_dpo.errors import UserError
-from minimind_dpo.files import is_raw_weights, looks_local
-from minimind_dpo.models.adapters import merge_adapters
+from minimind_dpo.files import is_raw_weights
+from minimind_dpo.models.adapters import ADAPTER, attach_adapter, restore_adapters
+from minimind_dpo.models.bases import AdapterBase, note_base, read_base
+from minimind_dpo.models.digest import weights_digest
+from minimind_dpo.models.merging import merge_adapters
 from minimind_dpo.models.overrides import apply_overrides, check_overrides, parse_dtype
+from minimind_dpo.models.places import (
+    ADAPTER_CONFIG,
+    absolute_source,
+    adapter_base,
+    is_adapter,
+    is_checkpoint,
+    locate_model,
+)
 from minimind_dpo.models.quantization import dequantize, quantize
 from minimind_dpo.models.raw import load_raw
 from minimind_dpo.models.saving import check_sealed
 from minimind_dpo.models.weights import summarize
-
-CHECKPOINT_STATE = "trainer_state.json"  # what a checkpoint has and no other model directory
-ADAPTER_CONFIG = "adapter_config.json"  # peft's name
 
 
 def load_model(
@@ -41,9 +49,9 @@ def load_model(
     """Load a causal language model from any source, strictly and on the CPU, in eval mode.
 
     Args:
-        path: a run directory of `minimind-dpo train` (its `model/` is taken), one of its checkpoints, a
-            `save_pretrained` directory, a hub id, MiniMind's raw weights (`*.pth`, either generation, dense or
-            mixture of experts) or a `.gguf` file.
+        path: a run directory of `minimind-dpo train` (its `model/` is taken), one of its checkpoints, a directory
+            with LoRA matrices (merged into their base), a `save_pretrained` directory, a hub id, MiniMind's raw
+            weights (`*.pth`, either generation, dense or mixture of experts) or a `.gguf` file.
         dtype: of the weights: `float32`, `float16`, `bfloat16` or `auto` (the source's own).
         attn_implementation: a name known to transformers or registered with its AttentionInterface.
         num_attention_heads: raw weights only. Generation 2 does not tell its heads; MiniMind's default is 8.
@@ -64,6 +72,8 @@ def load_model(
     location = locate_model(str(path))
     if location is not None and is_checkpoint(location):
         model = _load_checkpoint(location, wanted, attn_implementation, trust_remote_code, overrides)
+    elif location is not None and is_adapter(location):
+        model = _load_merged(location, wanted, attn_implementation, trust_remote_code, overrides)
     elif location is not None and is_raw_weights(location):
         model = load_raw(location, wanted, attn_implementation, num_attention_heads, overrides)
     elif num_attention_heads is not None:
@@ -78,39 +88,64 @@ def load_model(
     return model.eval()
 
 
-def locate_model(path: str) -> Path | None:
-    """Find the file or the directory with `config.json`, for a run directory its `model/`.
-
-    Returns:
-        None for what can only be a hub id.
-
-    Raises:
-        UserError: a local path with no model behind it.
-    """
-    location = Path(path).expanduser()
-    if location.is_file():
-        return location
-    if location.is_dir():
-        for folder in (location, location / "model"):
-            if (folder / "config.json").is_file():
-                return folder
-        raise UserError(
-            f"{path}: no model in this directory: neither config.json (a saved model) nor model/config.json "
-            "(a finished run) is there."
-        )
-    if looks_local(path):
-        raise UserError(f"{path}: no such model file or directory.")
-    return None
-
-
-def is_checkpoint(location: Path) -> bool:
-    """Whether a directory is a checkpoint of a run."""
-    return (location / CHECKPOINT_STATE).is_file()
-
-
 def checkpoint_config(location: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The configuration of the model in a checkpoint."""
     return AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
+
+
+def load_adapted(location: Path, dtype: torch.dtype | None = None, **options: Any) -> PreTrainedModel:
+    """Load a base with its LoRA matrices beside it, from a checkpoint or from what peft or a run wrote.
+
+    Args:
+        location: the directory.
+        dtype: of the base if nothing says in which type it was trained beside; None for its own.
+        **options: of `load_model`.
+
+    Raises:
+        UserError: the base is not there, or is not the one that the matrices were trained beside.
+    """
+    name, noted = adapter_base(location), read_base(location)
+    base = noted or _base_before(location)
+    if is_raw_weights(Path(name)) and base.num_attention_heads is not None:
+        options["num_attention_heads"] = base.num_attention_heads
+    model = load_model(name, dtype=base.dtype or dtype or "auto", **options)
+    if base.quantization != "none":  # LoRA's matrices were trained beside the rounded weights
+        quantize(model, model.dtype)
+    digest = weights_digest(model)
+    if base.digest not in (None, digest):
+        raise UserError(
+            f"{location}: its LoRA matrices were trained beside other weights than {name} has now. Bring those back, "
+            "or take the run's model/, which has both"
+        )
+    dequantize(model)
+    if base.dtype is not None:
+        model.float()
+    if is_checkpoint(location):
+        restore_adapters(model, location, FragmentReader(location))
+    else:
+        attach_adapter(model, location)
+    model.peft_config[ADAPTER].base_model_name_or_path = absolute_source(name)
+    note_base(model, dataclasses.replace(base, digest=digest))
+    return model
+
+
+def _load_merged(
+    location: Path, dtype: torch.dtype | None, attn_implementation: str | None, trust_remote_code: bool, overrides: dict
+) -> PreTrainedModel:
+    """Load a base with the LoRA matrices of a directory merged into it."""
+    options: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    model = load_adapted(location, dtype, **options, **overrides)
+    merge_adapters(model)
+    return model if dtype is None else model.to(dtype)  # type: ignore[arg-type]
+
+
+def _base_before(location: Path) -> AdapterBase:
+    """What can be known of a base that nothing was noted of."""
+    if not is_checkpoint(location):
+        return AdapterBase()
+    run = read_state(location).identity
+    heads = getattr(checkpoint_config(location), "num_attention_heads", None)
+    return AdapterBase(None, run.get("dtype"), run.get("quantization", "none"), heads)
 
 
 def _load_checkpoint(
@@ -122,21 +157,8 @@ def _load_checkpoint(
     reader = FragmentReader(location)
     config = checkpoint_config(location, trust_remote_code)
     options: dict[str, Any] = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
-    adapter = location / ADAPTER_CONFIG
-    if adapter.is_file():
-        settings = json.loads(adapter.read_text("utf-8"))
-        base = settings["base_model_name_or_path"]
-        heads = {"num_attention_heads": config.num_attention_heads} if is_raw_weights(Path(base).expanduser()) else {}
-        run = read_state(location).identity
-        trained = run.get("dtype")  # of the base; checkpoints had none once
-        model = load_model(base, dtype=trained or dtype or "auto", **options, **heads, **overrides)
-        if run.get("quantization", "none") != "none":  # LoRA's matrices were trained beside the rounded weights
-            quantize(model, model.dtype)
-            dequantize(model)
-        if trained is not None:
-            model.float()
-        merge_adapters(model, reader, settings["lora_alpha"] / settings["r"])
-        return model if dtype is None else model.to(dtype)  # type: ignore[arg-type]
+    if (location / ADAPTER_CONFIG).is_file():
+        return _load_merged(location, dtype, attn_implementation, trust_remote_code, overrides)
     apply_overrides(config, overrides, str(location))
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype, **options)

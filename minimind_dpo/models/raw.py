@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 from pathlib import Path
 
@@ -22,6 +23,11 @@ from minimind_dpo.models.weights import (
     read_layout,
     summarize,
 )
+
+logger = logging.getLogger(__name__)
+
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_DDP = "module."
 
 
 def read_raw_weights(path: Path) -> dict[str, Tensor]:
@@ -44,10 +50,28 @@ def read_raw_weights(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: a training checkpoint; use the weight file, such as out/full_sft_512.pth.")
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path}: expected a file of named tensors, as MiniMind's training scripts save it.")
+    state = _unwrapped(state, path)
     wrong = [f"{key} is {value.dtype}" for key, value in state.items() if not value.is_floating_point()]
     if wrong:
         raise UserError(f"{path}: weights must be floating-point numbers: {summarize(wrong)}")
     return state
+
+
+def _unwrapped(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The weights under the model's own keys, without what `torch.compile`, DDP or checkpointing put into them."""
+    plain = {".".join(part for part in key.split(".") if part not in _WRAPPERS): value for key, value in state.items()}
+    while plain and all(key.startswith(_DDP) for key in plain):
+        plain = {key.removeprefix(_DDP): value for key, value in plain.items()}
+    if len(plain) < len(state):
+        raise UserError(f"{path}: some weights are there twice, with and without the prefix of a wrapper.")
+    if plain.keys() != state.keys():
+        logger.warning("%s: keys such as %s are read without the prefixes of wrappers", path, next(iter(state)))
+    return plain
+
+
+def raw_layout(path: Path) -> WeightLayout:
+    """What the keys and shapes of a raw weight file tell."""
+    return read_layout({key: tuple(tensor.shape) for key, tensor in read_raw_weights(path).items()}, str(path))
 
 
 def load_raw(

@@ -21,12 +21,15 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from minimind_dpo.engine.sharding import gathered
 from minimind_dpo.errors import UserError
 from minimind_dpo.files import checksum, read_sealed, sealed
-from minimind_dpo.models.adapters import ADAPTER, has_adapters, merged_weights
+from minimind_dpo.models.adapters import ADAPTER, has_adapters
+from minimind_dpo.models.bases import write_base
+from minimind_dpo.models.merging import merged_weights, untie, unties
 
 logger = logging.getLogger(__name__)
 
 CHECKSUMS = "checksums.json"
 SHARD_BYTES = 4 << 30
+ADAPTER_WEIGHTS = "adapter_model.safetensors"  # peft's name
 Sized = TypeVar("Sized")
 
 
@@ -132,6 +135,8 @@ def describe_model(model: PreTrainedModel, directory: Path) -> None:
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = torch.float32 if has_adapters(model) else model.dtype  # as `save_model` writes them
+    if unties(model):
+        untie(config)
     if model._auto_class is not None:
         custom_object_save(model, directory, config=config)  # type: ignore[arg-type]
     config.save_pretrained(directory)
@@ -141,12 +146,19 @@ def describe_model(model: PreTrainedModel, directory: Path) -> None:
 
 def save_adapter(model: PreTrainedModel, directory: Path | None) -> None:
     """Write the LoRA matrices alone, as peft opens them; ranks that only help to gather give no directory."""
+    from peft import get_peft_model_state_dict  # late: a second, for runs with LoRA only
+
     with gathered([parameter for name, parameter in model.named_parameters() if "lora_" in name]):
         if directory is not None:
-            model.save_pretrained(directory)
+            # without the base's embeddings, which peft would add where they are adapted, and which may be tied
+            state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+            tensors = {f"base_model.model.{name}": tensor.to("cpu").contiguous() for name, tensor in state.items()}
+            save_file(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+            describe_adapter(model, directory)
 
 
 def describe_adapter(model: PreTrainedModel, directory: Path) -> None:
     """Write what LoRA matrices a model has, if it has any, as peft's configuration."""
     if has_adapters(model):
         model.peft_config[ADAPTER].save_pretrained(directory)
+        write_base(model, directory)

@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 from minimind_dpo.data.batch import PairBatch, pack_pairs, pad_pairs
 from minimind_dpo.errors import UserError
 from minimind_dpo.models.fast import attention, attention_blocks, attention_cpu, fusing, head, nodes, patch, products
-from minimind_dpo.objective.scoring import PairScorer, embedding_rows
+from minimind_dpo.models.probe import embedding_rows
+from minimind_dpo.objective.scoring import PairScorer
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +91,8 @@ def choose_layout(
         expected = _probe_head(scorer, device, agree)
         if attn_implementation != "pairs":
             return PLAIN
-        problem = agree(_problem(scorer, PACKED, expected))
+        problem = "its rotary frequencies depend on the length of a row" if scorer.needs_rows else None
+        problem = problem or agree(_problem(scorer, PACKED, expected))
     if problem is None:
         return PACKED
     logger.warning(
@@ -131,7 +133,8 @@ def adopt_layout(
         return
     with _probing(scorer, autocast):
         expected = _probe_head(scorer, device, agree)
-        problem = agree(_problem(scorer, PACKED, expected)) if layout is PACKED else None
+        problem = "its rotary frequencies depend on the length of a row" if scorer.needs_rows else None
+        problem = (problem or agree(_problem(scorer, PACKED, expected))) if layout is PACKED else None
     if problem is not None:
         raise UserError(
             f"ref_model_name_or_path: {type(scorer.model).__name__} cannot attend over packed pairs as the "

@@ -70,7 +70,9 @@ class PairScorer(nn.Module):
         decoder, head = self._patch.decoder, self._patch.head
         fused = self.fused_head and head is not None
         wanted = batch.state_positions if fused and not wants_router else None
-        with self._patch.applied(packed=batch.segments is not None, wanted=wanted, copies=self.half_weights):
+        packed = batch.segments is not None
+        lengths = () if packed else tuple(len(sequence) for sequence in batch.sequences)
+        with self._patch.applied(packed=packed, wanted=wanted, copies=self.half_weights, lengths=lengths):
             if fused:
                 output = decoder(**inputs)
                 logps = head(output.last_hidden_state.flatten(0, -2)[batch.logit_positions], batch.target_ids)
@@ -80,6 +82,11 @@ class PairScorer(nn.Module):
         return PairScores(
             logps[batch.token_index], self._aux_losses(output, batch) if wants_router else logps.new_zeros(len(batch))
         )
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether each side needs a row of its own, since the model's positions depend on how long the row is."""
+        return bool(self._patch.length_dependent)
 
     def product_weights(self) -> dict[str, nn.Parameter]:
         """The model's parameters that products use, by name."""
@@ -114,10 +121,3 @@ def _kept(batch: PairBatch) -> Tensor:
     counted = torch.zeros(batch.input_ids.numel(), dtype=torch.bool, device=batch.input_ids.device)
     counted[batch.logit_positions] = True
     return counted.view_as(batch.input_ids)
-
-
-def embedding_rows(model: PreTrainedModel) -> int:
-    """Token ids that a model knows."""
-    embeddings = model.get_input_embeddings()
-    assert isinstance(embeddings, nn.Embedding)
-    return embeddings.num_embeddings

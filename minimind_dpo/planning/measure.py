@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from minimind_dpo.errors import TrainingError
-from minimind_dpo.models.loading import locate_model
+from minimind_dpo.models.places import locate_model
 from minimind_dpo.planning.configurations import configuration_name, read_accelerate, read_deepspeed
 from minimind_dpo.planning.run_shape import RunShape
 from minimind_dpo.planning.shape import read_config

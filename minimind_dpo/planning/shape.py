@@ -16,7 +16,7 @@ from minimind_dpo.files import is_raw_weights
 from minimind_dpo.models.adapters import add_adapters
 from minimind_dpo.models.fast.fusing import can_fuse
 from minimind_dpo.models.fast.half import product_weights
-from minimind_dpo.models.loading import locate_model
+from minimind_dpo.models.places import adapter_base, is_adapter, locate_model
 from minimind_dpo.models.quantization import quantizable
 from minimind_dpo.models.raw import read_raw_weights
 from minimind_dpo.models.weights import MODEL_CLASSES, minimind_config, read_layout
@@ -94,6 +94,8 @@ def read_shape(source: str, num_attention_heads: int | None = None, lora_r: int 
 def read_config(source: str, num_attention_heads: int | None = None) -> tuple[PreTrainedConfig, int]:
     """The configuration of the model that `source` names, and the bytes of a stored element."""
     location = locate_model(source)
+    if location is not None and is_adapter(location):
+        return read_config(adapter_base(location), num_attention_heads)
     if location is not None and is_raw_weights(location):
         state = read_raw_weights(location)
         layout = read_layout({key: tuple(tensor.shape) for key, tensor in state.items()}, source)

@@ -8,7 +8,7 @@ import json
 import torch
 from transformers import PreTrainedModel
 
-from minimind_dpo.engine.sharding import gathered
+from minimind_dpo.models.digest import weight_bytes
 
 
 def reference_digest(model: PreTrainedModel, dtype: torch.dtype | None = None) -> str:
@@ -23,9 +23,7 @@ def reference_digest(model: PreTrainedModel, dtype: torch.dtype | None = None) -
     for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"):
         config.pop(volatile, None)
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        with gathered([tensor]):
-            values = tensor.detach().to(dtype or tensor.dtype).cpu().contiguous()
-        digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
-        digest.update(values.view(-1).view(torch.uint8).numpy().data)
+    for line, values in weight_bytes(model, dtype):
+        digest.update(line.encode())
+        digest.update(values)
     return digest.hexdigest()

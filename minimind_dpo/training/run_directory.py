@@ -23,6 +23,8 @@ from minimind_dpo.engine.ranks import decide
 from minimind_dpo.errors import UserError
 from minimind_dpo.files import open_itself, replacing, sweep, write_text, writing
 from minimind_dpo.models.adapters import has_adapters
+from minimind_dpo.models.portable import make_portable
+from minimind_dpo.models.probe import check_written, probe
 from minimind_dpo.models.saving import save_adapter, save_model, seal_model
 from minimind_dpo.report.page import write_report
 from minimind_dpo.training.metrics import MetricsFile, peak_memory_gib
@@ -158,18 +160,15 @@ def _compare(metrics: MetricsFile, state: TrainerState) -> None:
 
 
 def finish_run(run: Run, log: RunLog) -> None:
-    """Write model/ (with LoRA also adapter/), summary.json and report.html. Collective."""
+    """Write model/ (with LoRA also adapter/), summary.json and report.html. Collective.
+
+    Raises:
+        TrainingError: LoRA's matrices were not merged into model/ as the policy has them.
+    """
     directory, state = run.output_dir, run.state
     peak = peak_memory_gib(run.engine)
     with writing(directory, "output_dir"):
-        if has_adapters(run.policy):
-            with _replacing_on_main(run.engine, directory / "adapter") as adapter:
-                save_adapter(run.policy, adapter)
-        with _replacing_on_main(run.engine, directory / "model") as model:
-            save_model(run.policy, model)
-            if model is not None:
-                run.tokenizer.save_pretrained(model)
-                seal_model(model)
+        _write_model(run, directory)
         if log.metrics is not None:
             summary = _summary(run, log.metrics.lines(), peak)
             write_text(directory / "summary.json", json.dumps(summary, indent=1))
@@ -183,6 +182,24 @@ def finish_run(run: Run, log: RunLog) -> None:
                 report,
             )
     run.engine.wait()
+
+
+def _write_model(run: Run, directory: Path) -> None:
+    """Write model/, and with LoRA adapter/; what model/ computes is then compared with the policy."""
+    expected = None
+    if has_adapters(run.policy):
+        with _replacing_on_main(run.engine, directory / "adapter") as adapter:
+            save_adapter(run.policy, adapter)
+        with run.engine.autocast():
+            expected = probe(run.policy)
+    with _replacing_on_main(run.engine, directory / "model") as model:
+        save_model(run.policy, model)
+        if model is not None:
+            run.tokenizer.save_pretrained(model)
+            make_portable(model)
+            seal_model(model)
+            if expected is not None:
+                check_written(model, expected, trust_remote_code=run.config.trust_remote_code)
 
 
 def _summary(run: Run, lines: list[dict[str, Any]], peak_memory: float) -> dict[str, Any]:

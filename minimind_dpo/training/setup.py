@@ -25,14 +25,18 @@ from minimind_dpo.engine.optimizers import make_optimizer
 from minimind_dpo.engine.protocol import Engine, unwrap
 from minimind_dpo.engine.ranks import decide, main_first, stop_together
 from minimind_dpo.errors import UserError
-from minimind_dpo.files import is_raw_weights
 from minimind_dpo.models.adapters import add_adapters
-from minimind_dpo.models.loading import locate_model
+from minimind_dpo.models.bases import AdapterBase, note_base
+from minimind_dpo.models.digest import weights_digest
+from minimind_dpo.models.dropout import set_dropout
+from minimind_dpo.models.places import absolute_source
+from minimind_dpo.models.tokenizer_files import tokenizer_place
 from minimind_dpo.objective.layout import choose_layout
 from minimind_dpo.objective.losses import LossSettings
-from minimind_dpo.objective.scoring import PairScorer, embedding_rows
+from minimind_dpo.objective.scoring import PairScorer
 from minimind_dpo.reference.cache import Needed
 from minimind_dpo.reference.choosing import load_reference, make_reference
+from minimind_dpo.training.fitting import check_fits
 from minimind_dpo.training.recipes import name_recipe
 from minimind_dpo.training.run import Run
 from minimind_dpo.training.settle import DEFAULTS, identity_before, settle, with_former_defaults
@@ -56,12 +60,12 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
     policy = load_start(config, dtype, engine.precision)
     if checkpoint is None:
         name_recipe(config, policy)
-    check_vocabulary(policy, tokenizer)
     data = load_data(config, engine, tokenizer, stop.signalled)
     # from CPU memory, before the policy moves
     loaded = load_reference(config, engine, policy, load_configured, single_pass=data.is_single_pass())
+    check_fits((policy, loaded.model), tokenizer, (data.train, data.eval), config.max_length)
     state = _state(config, engine, data, {"dtype": dtype, "reference_digest": loaded.digest}, checkpoint)
-    scorer = _trainable(config, policy)
+    scorer = _trainable(config, policy, dtype)
     trained = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(trained, config.learning_rate, config.weight_decay, config.optim)
     prepared, optimizer = engine.prepare(scorer, optimizer, config.weight_rounding)
@@ -135,16 +139,6 @@ def load_data(config: TrainConfig, engine: Engine, tokenizer: Any, stop: Callabl
     return RunData(train, held_out, order, steps)
 
 
-def check_vocabulary(model: PreTrainedModel, tokenizer: Any) -> None:
-    """Refuse a tokenizer with more tokens than the model embeds."""
-    rows = embedding_rows(model)
-    if len(tokenizer) > rows:
-        raise UserError(
-            f"tokenizer_name_or_path: the tokenizer has {len(tokenizer)} tokens but the model "
-            f"embeds only {rows}; name the tokenizer the model was trained with"
-        )
-
-
 def tokenizer_path(config: TrainConfig) -> str:
     """The tokenizer named, or the one that lies with the model (for raw weights: beside them, or in ../model).
 
@@ -153,16 +147,12 @@ def tokenizer_path(config: TrainConfig) -> str:
     """
     if config.tokenizer_name_or_path:
         return config.tokenizer_name_or_path
-    path = locate_model(config.model_name_or_path)
-    if path is None or not is_raw_weights(path):
-        return str(path or config.model_name_or_path)
-    for candidate in (path.parent, path.parent.parent / "model"):
-        if (candidate / "tokenizer.json").is_file():
-            return str(candidate)
-    raise UserError(
-        f"tokenizer_name_or_path: missing; raw weights ({path}) carry no tokenizer, and none lies beside "
-        "them or in ../model. Name the directory with MiniMind's tokenizer.json"
-    )
+    if (place := tokenizer_place(config.model_name_or_path)) is None:
+        raise UserError(
+            f"tokenizer_name_or_path: missing; raw weights ({config.model_name_or_path}) carry no tokenizer, and none "
+            "lies beside them or in ../model. Name the directory with MiniMind's tokenizer.json"
+        )
+    return place
 
 
 def _state(
@@ -198,18 +188,27 @@ def _state(
     return dataclasses.replace(saved, total_steps=data.steps, identity=saved.identity | now)
 
 
-def _trainable(config: TrainConfig, policy: PreTrainedModel) -> PairScorer:
+def _trainable(config: TrainConfig, policy: PreTrainedModel, dtype: str) -> PairScorer:
     """The policy's scorer in training mode, with what is trained and what is not."""
+    if configured := set_dropout(policy, config.dropout):
+        own = ", ".join(f"{name} {value:g}" for name, value in configured.items())
+        logger.info("dropout: %g, in place of the model's own (%s)", config.dropout, own)
     if config.lora_r is not None:
+        base = AdapterBase(
+            weights_digest(policy), dtype, config.quantization, getattr(policy.config, "num_attention_heads", None)
+        )
         add_adapters(
             policy,
             r=config.lora_r,
             alpha=config.lora_alpha,
             dropout=config.lora_dropout,
             target_modules=config.lora_target_modules,
-            base=config.model_name_or_path,
+            base=absolute_source(config.model_name_or_path),
             seed=config.seed,
+            use_dora=config.use_dora,
+            use_rslora=config.use_rslora,
         )
+        note_base(policy, base)
     if config.gradient_checkpointing:
         policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return PairScorer(policy.train(), config.matmul)

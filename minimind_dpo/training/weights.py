@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,46 @@ from minimind_dpo.config import TrainConfig
 from minimind_dpo.engine.launched import HALF_TYPES
 from minimind_dpo.engine.optimizers import bitsandbytes
 from minimind_dpo.engine.protocol import Engine
-from minimind_dpo.models.loading import load_model
+from minimind_dpo.files import is_raw_weights
+from minimind_dpo.models.loading import load_adapted, load_model
+from minimind_dpo.models.places import is_adapter, locate_model
 from minimind_dpo.models.quantization import quantize
+from minimind_dpo.models.raw import raw_layout
 
 
 def load_configured(config: TrainConfig, path: str, dtype: str = "float32") -> PreTrainedModel:
     """Load a model as the configuration asks for it, with weights of type `dtype`."""
     overrides: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "dtype": dtype}
-    if config.num_attention_heads is not None:
-        overrides["num_attention_heads"] = config.num_attention_heads
+    if (heads := _heads(config, path)) is not None:
+        overrides["num_attention_heads"] = heads
     if not config.attends_pairs:
         overrides["attn_implementation"] = config.attn_implementation
     return load_model(path, **overrides)
+
+
+def _heads(config: TrainConfig, path: str) -> int | None:
+    """The query heads that a model has to be told: each its own, a reference that says nothing the policy's."""
+    if path != config.ref_model_name_or_path:
+        return config.num_attention_heads
+    if config.ref_num_attention_heads is not None:
+        return config.ref_num_attention_heads
+    return config.num_attention_heads if path == config.model_name_or_path else _heads_of_policy(config, path)
+
+
+def _heads_of_policy(config: TrainConfig, path: str) -> int | None:
+    """The policy's query heads, if a reference is of raw weights as wide that do not tell theirs."""
+    location, policy = locate_model(path), locate_model(config.model_name_or_path)
+    if location is None or policy is None or not is_raw_weights(location):
+        return None
+    layout = raw_layout(location)
+    if layout.generation != 2:
+        return None
+    if is_raw_weights(policy):
+        return config.num_attention_heads if raw_layout(policy).hidden_size == layout.hidden_size else None
+    if not (policy / "config.json").is_file():
+        return None
+    settings = json.loads((policy / "config.json").read_text("utf-8"))
+    return settings.get("num_attention_heads") if settings.get("hidden_size") == layout.hidden_size else None
 
 
 def load_start(config: TrainConfig, dtype: str, precision: str) -> PreTrainedModel:
@@ -34,12 +63,21 @@ def load_start(config: TrainConfig, dtype: str, precision: str) -> PreTrainedMod
         UserError: bitsandbytes is needed and not installed.
     """
     if config.quantization == "none":
+        location = locate_model(config.model_name_or_path)
+        if config.lora_r is None and location is not None and is_adapter(location):
+            return _load_adapter(config, location)
         return load_configured(config, config.model_name_or_path, dtype)
     bitsandbytes(f"quantization: {config.quantization}")  # before anything is loaded
     policy = load_configured(config, config.model_name_or_path, dtype)
     # products in fp32 unless the run's are not: their sum with LoRA's would round away its first updates
     quantize(policy, torch.float32 if precision == "no" else policy.dtype)
     return policy
+
+
+def _load_adapter(config: TrainConfig, location: Path) -> PreTrainedModel:
+    """The base and the matrices of an adapter, to be trained on as they are."""
+    attention = {} if config.attends_pairs else {"attn_implementation": config.attn_implementation}
+    return load_adapted(location, torch.float32, trust_remote_code=config.trust_remote_code, **attention)
 
 
 def load_reference_start(config: TrainConfig, engine: Engine) -> PreTrainedModel:

@@ -21,6 +21,7 @@ from minimind_dpo.models.fast.fusing import fused_forwards, widened_forwards
 from minimind_dpo.models.fast.half import shadowed
 from minimind_dpo.models.fast.head import token_logps
 from minimind_dpo.models.fast.products import TORCH, linear, linear_forwards
+from minimind_dpo.models.fast.rotary import length_dependent, rows_apart
 
 PAIR_ATTENTION = "minimind_dpo_pairs"
 AttentionInterface.register(PAIR_ATTENTION, pair_attention)  # one more choice; a model has to name it to get it
@@ -44,6 +45,7 @@ class Patch:
         head: the output layer, which while the patch is applied can be called as `head(hidden, targets)` for
             log-probabilities. It stays a module that is called once a forward pass: that is where ZeRO-3 gathers its
             weight, on all ranks together. None where it is no plain linear layer.
+        length_dependent: modules whose rotary frequencies depend on a row's length.
     """
 
     def __init__(self, model: PreTrainedModel, library: str = TORCH):
@@ -56,10 +58,16 @@ class Patch:
         if self.decoder in (None, model) or type(self.head) is not nn.Linear or self.head.bias is not None:
             self.head = None
         layers = getattr(self.decoder, "layers", None)
+        self.length_dependent = length_dependent(model)
         self._last_layer = layers[-1] if layers else None
 
     def applied(
-        self, *, packed: bool, wanted: Tensor | None = None, copies: Mapping[Any, Tensor] = MappingProxyType({})
+        self,
+        *,
+        packed: bool,
+        wanted: Tensor | None = None,
+        copies: Mapping[Any, Tensor] = MappingProxyType({}),
+        lengths: Sequence[int] = (),
     ) -> AbstractContextManager[None]:
         """Around the forward pass of one batch.
 
@@ -69,6 +77,7 @@ class Patch:
             packed: the model's attention is to be that over pairs (`models/fast/attention.py`).
             wanted: [S] ascending positions in the flattened rows whose last hidden states are used; None for all.
             copies: of parameters that products use, which take their places.
+            lengths: tokens of each row of a plain batch without its padding.
 
         Raises:
             NotImplementedError: `packed`, and the model's class has an attention that cannot be exchanged.
@@ -79,6 +88,8 @@ class Patch:
             (module, _forward_name(module), forward) for module, forward in self._fused.items() if _is_own(module)
         ]
         changes += shadowed(self._model, copies)
+        for module in self.length_dependent if lengths else ():
+            changes.append((module, _forward_name(module), partial(rows_apart, module, _forward(module), lengths)))
         if packed:
             changes += [(config, "_attn_implementation_internal", PAIR_ATTENTION) for config in self._configs]
         if wanted is not None and self._last_layer is not None:

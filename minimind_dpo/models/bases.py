@@ -1,0 +1,49 @@
+"""The base that LoRA matrices were trained beside, noted with them: which weights, and in what form they were held."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from minimind_dpo.models.adapters import ADAPTER
+
+_FILE = "base_model.json"
+_NOTED = "_minimind_dpo_base"
+
+
+@dataclass(frozen=True)
+class AdapterBase:
+    """What peft's own file, which names the path, does not say of a base.
+
+    Attributes:
+        digest: of its weights in memory, None where nobody noted it.
+        dtype: that they were loaded in.
+        quantization: `none` or `nf4`.
+        num_attention_heads: for raw weights, which do not tell.
+    """
+
+    digest: str | None = None
+    dtype: str | None = None
+    quantization: str = "none"
+    num_attention_heads: int | None = None
+
+
+def note_base(model: PreTrainedModel, base: AdapterBase) -> None:
+    """Keep with an adapted model what its base was."""
+    setattr(model.peft_config[ADAPTER], _NOTED, base)
+
+
+def write_base(model: PreTrainedModel, directory: Path) -> None:
+    """Write what `note_base` kept beside the matrices' configuration."""
+    base = getattr(model.peft_config[ADAPTER], _NOTED, None)
+    if base is not None:
+        (directory / _FILE).write_text(json.dumps(asdict(base), indent=1) + "\n", "utf-8")
+
+
+def read_base(directory: Path) -> AdapterBase | None:
+    """What `write_base` wrote, None where it did not: another program's adapter, or an older one."""
+    path = directory / _FILE
+    return AdapterBase(**json.loads(path.read_text("utf-8"))) if path.is_file() else None

@@ -1,0 +1,71 @@
+"""What lies at the path that a user gives for a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from minimind_dpo.errors import UserError
+from minimind_dpo.files import looks_local
+
+CHECKPOINT_STATE = "trainer_state.json"  # what a checkpoint has and no other model directory
+ADAPTER_CONFIG = "adapter_config.json"  # peft's name
+
+
+def locate_model(path: str) -> Path | None:
+    """Find the file or the directory with `config.json`, for a run directory its `model/`.
+
+    Returns:
+        None for what can only be a hub id.
+
+    Raises:
+        UserError: a local path with no model behind it.
+    """
+    location = Path(path).expanduser()
+    if location.is_file():
+        return location
+    if location.is_dir():
+        for folder in (location, location / "model"):
+            if (folder / "config.json").is_file() or (folder / ADAPTER_CONFIG).is_file():
+                return folder
+        raise UserError(
+            f"{path}: no model in this directory: neither config.json (a saved model) nor model/config.json "
+            "(a finished run) is there."
+        )
+    if looks_local(path):
+        raise UserError(f"{path}: no such model file or directory.")
+    return None
+
+
+def absolute_source(path: str) -> str:
+    """The name of a model as it can be opened from any working directory; a hub id stays what it is."""
+    location = Path(path).expanduser()
+    return str(location.resolve()) if location.exists() else path
+
+
+def is_checkpoint(location: Path) -> bool:
+    """Whether a directory is a checkpoint of a run."""
+    return (location / CHECKPOINT_STATE).is_file()
+
+
+def is_adapter(location: Path) -> bool:
+    """Whether a directory holds LoRA matrices alone, without their base."""
+    return (location / ADAPTER_CONFIG).is_file() and not is_checkpoint(location)
+
+
+def adapter_base(location: Path) -> str:
+    """The name of the base that the matrices in a directory belong to; a relative path is looked for from there too.
+
+    Raises:
+        UserError: none is named.
+    """
+    name = json.loads((location / ADAPTER_CONFIG).read_text("utf-8")).get("base_model_name_or_path")
+    if not name:
+        raise UserError(
+            f"{location}: {ADAPTER_CONFIG} names no base model; write its path there (base_model_name_or_path)"
+        )
+    for folder in (Path(), *location.resolve().parents):
+        path = folder / Path(name).expanduser()
+        if path.exists():
+            return str(path)
+    return name
