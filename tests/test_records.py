@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers_data import row, say, write_jsonl
 
-from minimind_dpo.data import records, sources
+from minimind_dpo.data import records, rows
 from minimind_dpo.data.records import PreferencePair, RowError, parse_line, parse_row
 from minimind_dpo.data.sources import count_rows, find_files, read_rows
 from minimind_dpo.errors import UserError
@@ -66,26 +66,73 @@ def test_tools_and_calls_as_json_text() -> None:
 
 
 MESSAGE = say("q", "a")
+
+
+def nested(levels: int) -> Any:
+    value: Any = {}
+    for _ in range(levels):
+        value = {"deeper": value}
+    return value
+
+
+def calling(calls: Any) -> list[dict[str, Any]]:
+    return [MESSAGE[0], {"role": "assistant", "content": "", "tool_calls": calls}]
+
+
+def parts(*content: Any) -> list[dict[str, Any]]:
+    made = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+    return [{"role": "user", "content": made}, MESSAGE[1]]
+
+
 BAD_ROWS: list[tuple[Any, str, str]] = [
     (3, "wrong_type", "a row must be an object"),
     ({"chosen": MESSAGE}, "wrong_keys", "found the keys chosen; accepted rows"),
     ({"conversations": []}, "wrong_keys", "found the keys conversations; accepted rows"),
     ({"chosen": "a", "rejected": "b"}, "wrong_keys", "need a prompt"),
     ({"chosen": "a", "rejected": MESSAGE}, "wrong_type", "a text and a list"),
-    ({"prompt": MESSAGE[:1], "chosen": "a", "rejected": "b"}, "wrong_type", "prompt must be a text"),
     ({"prompt": 5, "chosen": MESSAGE, "rejected": MESSAGE}, "wrong_type", "prompt must be a text or a list"),
     ({"chosen": [], "rejected": MESSAGE}, "empty_list", "chosen is an empty list"),
     ({"prompt": [], "chosen": MESSAGE, "rejected": MESSAGE}, "empty_list", "prompt is an empty list"),
     ({"chosen": MESSAGE, "rejected": MESSAGE[:1]}, "wrong_role", "rejected must end with an assistant message"),
     ({"chosen": MESSAGE, "rejected": ["q", "a"]}, "wrong_type", r"rejected\[0\] must be"),
     ({"chosen": [{"content": "q"}], "rejected": MESSAGE}, "wrong_keys", r"chosen\[0\] has no role"),
-    ({"chosen": [{"role": "human", "content": "q"}], "rejected": MESSAGE}, "wrong_role", "role 'human'; roles are"),
+    (
+        {"chosen": [{"role": "narrator", "content": "q"}], "rejected": MESSAGE},
+        "wrong_role",
+        "role 'narrator'; roles are",
+    ),
     ({"chosen": [{"role": "user"}], "rejected": MESSAGE}, "wrong_type", r"chosen\[0\] must be a text, not nothing"),
-    ({"chosen": [{"role": "user", "content": [{}]}], "rejected": MESSAGE}, "wrong_type", "must be a text, not a list"),
+    (
+        {"chosen": [{"role": "user", "content": [{}]}], "rejected": MESSAGE},
+        "wrong_keys",
+        r"chosen\[0\].content\[0\] must be",
+    ),
     (row("q", weight=-1), "wrong_weight", "weight must be a finite number, at least 0, not -1"),
     (row("q", weight="1"), "wrong_weight", "weight must be"),
     (row("q", weight=True), "wrong_weight", "weight must be"),
     (row("q", margin=float("nan")), "wrong_margin", "margin must be a finite number, not nan"),
+    (row("q", weight=10**400), "wrong_weight", "weight must be"),
+    (row("q", margin=-(10**400)), "wrong_margin", "margin must be"),
+    (row("q", id="\ud800"), "not_utf8", "id holds half"),
+    (row("q", tools="[" * 200_000), "broken_json", "tools is not JSON: nested too deep"),
+    (row("q", tools='[{"name": 1, "name": 2}]'), "broken_json", "the key 'name' stands twice"),
+    (row("q", tools='[{"name": "\\ud800"}]'), "not_utf8", "tools holds half a surrogate pair"),
+    (row("q", tools=[nested(200)]), "broken_json", "tools: nested more than 100 levels deep"),
+    (row("q", tools=[{"name": "\udfff"}]), "not_utf8", "tools holds half"),
+    ({"chosen": calling("[" * 200_000), "rejected": MESSAGE}, "broken_json", "tool_calls is not JSON: nested too"),
+    ({"chosen": calling([nested(150)]), "rejected": MESSAGE}, "broken_json", r"chosen\[1\].tool_calls: nested more"),
+    ({"chosen": calling([{"arguments": {"\ud800": 1}}]), "rejected": MESSAGE}, "not_utf8", "tool_calls holds half"),
+    (row("q", images=["a.png"]), "not_text", "images: only text"),
+    (row("q", image="a.png"), "not_text", "image: only text"),
+    (row("q", videos=["a.mp4"]), "not_text", "videos: only text"),
+    (row("q", audio={"path": "a.wav"}), "not_text", "audio: only text"),
+    ({"chosen": parts("q", {"type": "image"}), "rejected": MESSAGE}, "not_text", "is of the type 'image'"),
+    (
+        {"chosen": parts("q", {"type": "image_url", "image_url": {"url": "x"}}), "rejected": MESSAGE},
+        "not_text",
+        "image",
+    ),
+    ({"chosen": [MESSAGE[0] | {"images": ["x"]}, MESSAGE[1]], "rejected": MESSAGE}, "not_text", "images: only text"),
     (row("q", id=1.5), "wrong_type", "id must be"),
     (row("q", tools=[1]), "wrong_type", "tools must be"),
     (row("q", tools="{"), "broken_json", "tools is not JSON"),
@@ -107,6 +154,11 @@ def test_bad_rows_name_place_and_reason(bad: Any, reason: str, message: str) -> 
         (b'{"chosen": ', "broken_json"),
         (b"[" * 100_000, "broken_json"),
         (b'{"chosen": NaN}', "broken_json"),
+        (b'{"chosen": "a", "chosen": "b"}', "broken_json"),
+        (b'{"chosen": [{"role": "user", "content": "q", "content": "r"}]}', "broken_json"),
+        (b'{"id": "\\ud800"}', "not_utf8"),
+        (b'{"chosen": "\\udc00\\ud83d"}', "not_utf8"),
+        (b'{"id": ' + b"9" * 5000 + b"}", "broken_json"),
         (b'{"a": 1} {"b": 2}', "broken_json"),
         (b'{"chosen": "\xff"}', "not_utf8"),
         ('{"chosen": 1}'.encode("utf-16"), "not_utf8"),
@@ -157,8 +209,8 @@ def test_jsonl_with_bom_and_blank_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("read", [7, 1 << 18])
 def test_json_array_is_streamed(tmp_path: Path, indent: int | None, read: int, monkeypatch: Any) -> None:
-    monkeypatch.setattr(sources, "_READ_CHARACTERS", read)
-    monkeypatch.setattr(sources._more, "__defaults__", (read,))
+    monkeypatch.setattr(rows, "_READ_CHARACTERS", read)
+    monkeypatch.setattr(rows._more, "__defaults__", (read,))
     path = tmp_path / "f.json"
     text = json.dumps(ROWS[:40], indent=indent, ensure_ascii=False)
     path.write_text("\ufeff \n" + text + "\n", encoding="utf-8")
@@ -177,7 +229,12 @@ def test_json_file_of_lines(tmp_path: Path) -> None:
     "text, message",
     [
         ('[{"a": 1}', r"f.json:1: the file ends before its closing \]"),
-        ('[\n{"a": 1},\n{"b": }]', "f.json:3: broken JSON in the row that begins here"),
+        ('[\n{"a": 1},\n{"b": "}]', "f.json:3: broken JSON: the row that begins here is not closed"),
+        ('[{"a": 1}]\n[{"b": 2}, {"c": 3}]', r"f.json:2: found '\[' after the closing \]"),
+        ('[{"a": 1}]\n\n{"b": 2}', r"f.json:3: found '\{' after the closing \]"),
+        ('[{"a": 1}] and so on', "f.json:1: found 'a' after the closing"),
+        ('[{"a": 1}]' + " " * (1 << 19) + "x", "f.json:1: found 'x' after the closing"),
+        ("[]]", "f.json:1: found ']' after the closing"),
         ('[{"a": 1} {"b": 2}]', r"f.json:1: found '\{' where one of ',\]' must stand"),
         ('[{"a": 1}\n,]', r"f.json:2: found '\]'"),
         ("[\n1, 2]", "f.json:2: found '1'"),
@@ -188,6 +245,20 @@ def test_broken_arrays(tmp_path: Path, text: str, message: str) -> None:
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         list(read_rows(find_files(str(path))[0]))
+
+
+def test_a_broken_row_of_an_array_is_a_bad_row_and_no_more(tmp_path: Path) -> None:
+    path = tmp_path / "f.json"
+    deep = "[" * 200_000 + "]" * 200_000
+    path.write_text('[{"a": 1, "a": 2},\n{"b": "x" "y"},\n{"c": ' + deep + '},\n{"d": "}]\\""}\n]')
+    (file,) = find_files(str(path))
+    found = list(read_rows(file))
+    assert [(line, payload[:5]) for line, payload in found] == [
+        (1, b'{"a":'), (2, b'{"b":'), (3, b'{"c":'), (4, b'{"d":')
+    ]  # fmt: skip
+    for line, payload in found[:3]:
+        with pytest.raises(RowError, match=f"f.json:{line}: broken JSON"):
+            parse_line(payload, file.place(line))
 
 
 def test_array_that_is_not_utf8(tmp_path: Path) -> None:

@@ -175,11 +175,15 @@ def _render(pair: PreferencePair, messages: list[Message], tokenizer: Any, first
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= first_turn]
     try:
         text = template.render(messages, pair.tools)
-        return text, [template.assistant_span(text, messages, pair.tools, index) for index in turns]
+        spans = [template.assistant_span(text, messages, pair.tools, index) for index in turns]
     except TemplateError as error:
         raise RowError(
             "template_error", f"{pair.place}: the chat template refuses this conversation: {error}"
         ) from None
+    if first_turn and spans and pair.prefill and (begun := text.find(pair.prefill, *spans[0])) >= 0:
+        # What the prompt began is the prompt's; a template may have put an empty thinking block before it.
+        spans[0] = begun + len(pair.prefill), spans[0][1]
+    return text, spans
 
 
 def _render_plain(pair: PreferencePair, messages: list[Message], tokenizer: Any) -> tuple[str, list[Span]]:
