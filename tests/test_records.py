@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import pickle
@@ -298,6 +299,85 @@ def test_lists_and_globs_keep_their_order(tmp_path: Path) -> None:
         write_jsonl(tmp_path / f"{name}.jsonl", [item])
     assert questions(str(tmp_path / "*.jsonl")) == [EXPECTED[1], EXPECTED[0], EXPECTED[2]]
     assert questions([str(tmp_path / "c.jsonl"), str(tmp_path / "[ab].jsonl")]) == [EXPECTED[i] for i in (2, 1, 0)]
+
+
+def test_splits_and_folders(tmp_path: Path) -> None:
+    data = datasets.Dataset.from_list(ROWS[:2])
+    datasets.DatasetDict(train=data, test_prefs=data.select([1])).save_to_disk(str(tmp_path / "split"))
+    assert questions(f"{tmp_path}/split:test_prefs") == EXPECTED[1:2]
+    assert places(f"{tmp_path}/split:test_prefs") == [f"{tmp_path}/split:test_prefs:row 1"]
+    with pytest.raises(UserError, match="no split 'dev', only train, test_prefs"):
+        places(f"{tmp_path}/split:dev")
+    folder = tmp_path / "folder"
+    (folder / "data").mkdir(parents=True)
+    for number in (1, 0):
+        table = pa.Table.from_pylist(ROWS[number : number + 1])
+        pq.write_table(table, folder / "data" / f"train-0000{number}-of-00002.parquet")
+    assert questions(str(folder)) == EXPECTED[:2]
+    pq.write_table(pa.Table.from_pylist(ROWS[5:6]), folder / "data" / "test-00000.parquet")
+    with pytest.raises(UserError, match="folder: holds the splits test, train; name one"):
+        places(str(folder))
+    assert questions(f"{folder}:train") == EXPECTED[:2]
+    assert questions(f"{folder}:test") == EXPECTED[5:6]
+    write_jsonl(folder / "data" / "train.jsonl", ROWS[:2])
+    with pytest.raises(UserError, match="folder: holds files of several kinds"):
+        places(f"{folder}:train")
+
+
+@pytest.mark.parametrize("name", ["f.jsonl.gz", "f.json.gz"])
+def test_packed_files(tmp_path: Path, name: str) -> None:
+    text = "\n".join(map(json.dumps, ROWS)) if "jsonl" in name else json.dumps(ROWS)
+    packed = gzip.compress(text.encode())
+    path = tmp_path / name
+    path.write_bytes(packed)
+    assert questions(str(path)) == EXPECTED
+    assert places(str(path))[1] == f"{path}:{2 if 'jsonl' in name else 1}"
+    for damaged in (packed[:-200], packed[:200] + b"\0" * 50 + packed[250:], b"no gzip"):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"{name}: damaged or cut gzip file"):
+            places(str(path))
+
+
+def test_csv(tmp_path: Path) -> None:
+    path = tmp_path / "f.csv"
+    path.write_text('\ufeffprompt,chosen,rejected,weight\n"why,\nso?",yes,no,0.5\na,b,c,\na,b\n', encoding="utf-8")
+    (file,) = find_files(str(path))
+    rows = [(file.place(row), payload) for row, payload in read_rows(file)]
+    first, second = (parse_line(payload, place) for place, payload in rows[:2])
+    assert (first.chosen, first.weight, first.place) == (say("why,\nso?", "yes"), 0.5, f"{path}:row 1")
+    assert (second.chosen, second.weight) == (say("a", "b"), 1.0)
+    with pytest.raises(RowError, match="f.csv:row 3: found the keys prompt, chosen;"):
+        parse_line(rows[2][1], rows[2][0])
+
+
+def test_parquet_of_json_text(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "string"}}}}}
+    given = row("q", tools=[tool])
+    path = tmp_path / "f.parquet"
+    pq.write_table(pa.Table.from_pylist([{key: json.dumps(value) for key, value in given.items()}]), path)
+    assert pairs(str(path)) == [parse_row(given, f"{path}:row 1")]
+    other = {"type": "function", "function": {"name": "g", "parameters": {"properties": {"b": {"enum": [1]}}}}}
+    unlike = [given, row("r", tools=[other])]
+    pq.write_table(pa.Table.from_pylist(unlike), path)
+    assert pairs(str(path)) == [parse_row(item, f"{path}:row {i}") for i, item in enumerate(unlike, 1)]
+
+
+def test_parts_of_a_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load_dataset(name: str, **given: str) -> Any:
+        asked.append((name, given))
+        return datasets.Dataset.from_list(ROWS[:1])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for name in ("a/b:train_prefs", "a/b@v1.0", "a/b/tiny", "a/b/tiny@refs/pr/1:test"):
+        assert places(name) == [f"{name}:row 1"]
+    assert asked == [
+        ("a/b", {"split": "train_prefs"}),
+        ("a/b", {"split": "train", "revision": "v1.0"}),
+        ("a/b", {"split": "train", "name": "tiny"}),
+        ("a/b", {"split": "test", "name": "tiny", "revision": "refs/pr/1"}),
+    ]
 
 
 def test_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:

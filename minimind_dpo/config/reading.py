@@ -6,11 +6,13 @@ import argparse
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from minimind_dpo.config.data import data_problems, to_columns, to_sources
 from minimind_dpo.config.settings import LOSS_TYPES, SMOOTHED_LOSS_TYPES, TrainConfig
 from minimind_dpo.config.weights import weight_problems
 from minimind_dpo.errors import UserError
@@ -127,7 +129,7 @@ def _convert(name: str, value: Any) -> Any:
         if not optional and kind != "list":
             raise ValueError("is empty; give a value or remove the key")
         return None if optional else []
-    return _CONVERSIONS[kind](value)
+    return _OWN_CONVERSIONS.get(name, _CONVERSIONS[kind])(value)
 
 
 def _to_list(value: Any) -> list[str]:
@@ -138,6 +140,8 @@ def _to_list(value: Any) -> list[str]:
 
 
 def _to_text(value: Any) -> str:
+    if isinstance(value, date):  # yaml's reading of 2026-11-26
+        return value.isoformat()
     if not isinstance(value, (str, int, float)):
         raise ValueError(f"expected one text value, found {value!r}")
     return _plain(value)
@@ -174,6 +178,9 @@ _CONVERSIONS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+_OWN_CONVERSIONS: dict[str, Callable[[Any], Any]] = {"columns": to_columns, "train_data": to_sources}
+
+
 def _check(config: TrainConfig, skip: set[str]) -> list[str]:
     problems = []
     given = {name: getattr(config, name) for name in _SETTINGS if name not in skip}
@@ -198,8 +205,7 @@ def _check(config: TrainConfig, skip: set[str]) -> list[str]:
         problems.append("reference: adapter is the policy's own start; remove ref_model_name_or_path")
     if config.lr_scheduler_type == "minimind" and config.warmup_ratio:
         problems.append("warmup_ratio: lr_scheduler_type minimind has no warmup; use cosine_with_min_lr")
-    if config.eval_steps is not None and not config.eval_data and "eval_data" not in skip:
-        problems.append("eval_steps: needs eval_data")
+    problems += data_problems(config, skip)
     if not skip & {"lora_r", "reference", "ref_model_name_or_path"}:
         problems += weight_problems(config)
     return problems

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from minimind_dpo.config import COMPLETION_MASKS
+from minimind_dpo.config import COMPLETION_MASKS, TEMPLATE_DATE
 from minimind_dpo.data.encoding import Span, encode_texts
-from minimind_dpo.data.records import Message, PreferencePair, RowError
-from minimind_dpo.data.spans import SpanError, TemplateError, chat_template
+from minimind_dpo.data.messages import Message, with_arguments
+from minimind_dpo.data.records import PreferencePair, RowError
+from minimind_dpo.data.spans import ChatTemplate, SpanError, TemplateError, chat_template
 from minimind_dpo.errors import UserError
 from minimind_dpo.files import looks_local
 
@@ -51,7 +52,7 @@ class DroppedRow:
 
 
 def tokenize_pair(
-    pair: PreferencePair, tokenizer: Any, *, max_length: int, completion_mask: str
+    pair: PreferencePair, tokenizer: Any, *, max_length: int, completion_mask: str, template_date: str = TEMPLATE_DATE
 ) -> TokenizedPair | DroppedRow:
     """Both sides of a pair as tokens, or why the pair has no signal.
 
@@ -61,19 +62,24 @@ def tokenize_pair(
         max_length: tokens a side may have; more are cut off on the right.
         completion_mask: `all_assistant` counts every assistant turn, `final_turn` those after the messages that
             both sides share. A turn reaches from the first token after its header through its end marker.
+        template_date: what a chat template takes for today, `YYYY-MM-DD`.
 
     Raises:
         RowError: the chat template refuses the conversation, or the text can't be encoded.
         UserError: no pair at all can be tokenized with this tokenizer or these settings.
     """
     try:
-        tokenized = encode_pair(pair, tokenizer, max_length=max_length, completion_mask=completion_mask)
+        tokenized = encode_pair(
+            pair, tokenizer, max_length=max_length, completion_mask=completion_mask, template_date=template_date
+        )
     except SpanError as error:
         return DroppedRow("template_hides_turns", f"{pair.place}: can't tell where the answer lies: {error}")
     return find_drop(pair, tokenized) or tokenized
 
 
-def encode_pair(pair: PreferencePair, tokenizer: Any, *, max_length: int, completion_mask: str) -> TokenizedPair:
+def encode_pair(
+    pair: PreferencePair, tokenizer: Any, *, max_length: int, completion_mask: str, template_date: str = TEMPLATE_DATE
+) -> TokenizedPair:
     """Both sides of a pair as tokens, whether or not it has a signal; arguments and errors of `tokenize_pair`.
 
     Raises:
@@ -81,9 +87,9 @@ def encode_pair(pair: PreferencePair, tokenizer: Any, *, max_length: int, comple
     """
     check_settings(tokenizer, max_length, completion_mask)
     first_turn = pair.prompt_messages if completion_mask == "final_turn" else 0
-    texts, spans = zip(
-        *(_render(pair, side, tokenizer, first_turn) for side in (pair.chosen, pair.rejected)), strict=True
-    )
+    template = chat_template(tokenizer, template_date) if tokenizer.chat_template else None
+    sides = (_render(pair, side, tokenizer, template, first_turn) for side in (pair.chosen, pair.rejected))
+    texts, spans = zip(*sides, strict=True)
     try:
         (chosen_ids, chosen_mask), (rejected_ids, rejected_mask) = encode_texts(tokenizer, texts, spans)
     except (UnicodeEncodeError, TypeError) as error:  # the kind depends on the tokenizer
@@ -167,11 +173,18 @@ def _check_place(name: str | os.PathLike[str], path: Path) -> None:
         )
 
 
-def _render(pair: PreferencePair, messages: list[Message], tokenizer: Any, first_turn: int) -> tuple[str, list[Span]]:
+def _render(
+    pair: PreferencePair, messages: list[Message], tokenizer: Any, template: ChatTemplate | None, first_turn: int
+) -> tuple[str, list[Span]]:
     """A conversation's text, and the spans [start, end) of its assistant turns from message `first_turn` on."""
-    if not tokenizer.chat_template:
+    if template is None:
         return _render_plain(pair, messages, tokenizer)
-    template = chat_template(tokenizer)
+    if any("tool_calls" in message for message in messages):
+        messages = [with_arguments(message, template.arguments, pair.place) for message in messages]
+    if any(message["role"] == "developer" for message in messages) and "developer" not in str(tokenizer.chat_template):
+        raise RowError(
+            "wrong_role", f"{pair.place}: the chat template does not know the role 'developer'; write 'system'"
+        )
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= first_turn]
     try:
         text = template.render(messages, pair.tools)

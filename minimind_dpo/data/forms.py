@@ -213,7 +213,7 @@ def _lacks_prompt(plain: Row) -> bool:
 
 
 def _with_history(history: Any, prompt: str, place: str) -> list[Message]:
-    turns = history if isinstance(history, list) else [None]
+    turns: list[Any] = history if isinstance(history, list) else [None]
     if not all(isinstance(turn, list) and len(turn) == 2 and all(isinstance(w, str) for w in turn) for turn in turns):
         fail("wrong_type", place, "history must be a list of [question, answer]")
     told = [{"role": role, "content": words} for turn in turns for role, words in zip(_TURN, turn, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from minimind_dpo.data.json_text import check_plain, fail, load_json, type_name
@@ -49,6 +50,37 @@ def refuse_media(values: dict[str, Any], name: str, place: str) -> None:
         value = values.get(key)
         if any(value) if isinstance(value, list) else value:
             fail("not_text", place, f"{name}{key}: only text is trained on; take such rows out (on_bad_row: drop does)")
+
+
+def with_arguments(message: Message, wanted: type | None, place: str) -> Message:
+    """A message whose calls have their arguments as the chat template wants them.
+
+    Args:
+        message: a checked message.
+        wanted: `dict`, `str` for JSON text, or None where the template takes both as they are.
+        place: of the row, for errors.
+
+    Raises:
+        RowError: a text is not the JSON of an object, where the template wants one.
+    """
+    if wanted is None or "tool_calls" not in message:
+        return message
+    return message | {"tool_calls": [_fit_call(call, wanted, place) for call in message["tool_calls"]]}
+
+
+def _fit_call(call: dict[str, Any], wanted: type, place: str) -> dict[str, Any]:
+    if isinstance(call.get("function"), dict):
+        return call | {"function": _fit_call(call["function"], wanted, place)}
+    arguments = call.get("arguments")
+    if isinstance(arguments, str) and wanted is dict:
+        arguments = load_json(arguments, place, "the arguments of a tool call") if arguments.strip() else {}
+        if not isinstance(arguments, dict):
+            fail("wrong_type", place, f"the arguments of a tool call must be an object, not {type_name(arguments)}")
+        check_plain(arguments, place, "the arguments of a tool call")
+        return call | {"arguments": arguments}
+    if isinstance(arguments, dict) and wanted is str:
+        return call | {"arguments": json.dumps(arguments, ensure_ascii=False)}
+    return call
 
 
 def looks_like_message(value: Any) -> bool:
