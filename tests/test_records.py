@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import pickle
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers_data import row, say, write_jsonl
 
-from minimind_dpo.data import records, sources
+from minimind_dpo.data import records, rows
 from minimind_dpo.data.records import PreferencePair, RowError, parse_line, parse_row
 from minimind_dpo.data.sources import count_rows, find_files, read_rows
 from minimind_dpo.errors import UserError
@@ -66,26 +67,73 @@ def test_tools_and_calls_as_json_text() -> None:
 
 
 MESSAGE = say("q", "a")
+
+
+def nested(levels: int) -> Any:
+    value: Any = {}
+    for _ in range(levels):
+        value = {"deeper": value}
+    return value
+
+
+def calling(calls: Any) -> list[dict[str, Any]]:
+    return [MESSAGE[0], {"role": "assistant", "content": "", "tool_calls": calls}]
+
+
+def parts(*content: Any) -> list[dict[str, Any]]:
+    made = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+    return [{"role": "user", "content": made}, MESSAGE[1]]
+
+
 BAD_ROWS: list[tuple[Any, str, str]] = [
     (3, "wrong_type", "a row must be an object"),
     ({"chosen": MESSAGE}, "wrong_keys", "found the keys chosen; accepted rows"),
     ({"conversations": []}, "wrong_keys", "found the keys conversations; accepted rows"),
     ({"chosen": "a", "rejected": "b"}, "wrong_keys", "need a prompt"),
     ({"chosen": "a", "rejected": MESSAGE}, "wrong_type", "a text and a list"),
-    ({"prompt": MESSAGE[:1], "chosen": "a", "rejected": "b"}, "wrong_type", "prompt must be a text"),
     ({"prompt": 5, "chosen": MESSAGE, "rejected": MESSAGE}, "wrong_type", "prompt must be a text or a list"),
     ({"chosen": [], "rejected": MESSAGE}, "empty_list", "chosen is an empty list"),
     ({"prompt": [], "chosen": MESSAGE, "rejected": MESSAGE}, "empty_list", "prompt is an empty list"),
     ({"chosen": MESSAGE, "rejected": MESSAGE[:1]}, "wrong_role", "rejected must end with an assistant message"),
     ({"chosen": MESSAGE, "rejected": ["q", "a"]}, "wrong_type", r"rejected\[0\] must be"),
     ({"chosen": [{"content": "q"}], "rejected": MESSAGE}, "wrong_keys", r"chosen\[0\] has no role"),
-    ({"chosen": [{"role": "human", "content": "q"}], "rejected": MESSAGE}, "wrong_role", "role 'human'; roles are"),
+    (
+        {"chosen": [{"role": "narrator", "content": "q"}], "rejected": MESSAGE},
+        "wrong_role",
+        "role 'narrator'; roles are",
+    ),
     ({"chosen": [{"role": "user"}], "rejected": MESSAGE}, "wrong_type", r"chosen\[0\] must be a text, not nothing"),
-    ({"chosen": [{"role": "user", "content": [{}]}], "rejected": MESSAGE}, "wrong_type", "must be a text, not a list"),
+    (
+        {"chosen": [{"role": "user", "content": [{}]}], "rejected": MESSAGE},
+        "wrong_keys",
+        r"chosen\[0\].content\[0\] must be",
+    ),
     (row("q", weight=-1), "wrong_weight", "weight must be a finite number, at least 0, not -1"),
     (row("q", weight="1"), "wrong_weight", "weight must be"),
     (row("q", weight=True), "wrong_weight", "weight must be"),
     (row("q", margin=float("nan")), "wrong_margin", "margin must be a finite number, not nan"),
+    (row("q", weight=10**400), "wrong_weight", "weight must be"),
+    (row("q", margin=-(10**400)), "wrong_margin", "margin must be"),
+    (row("q", id="\ud800"), "not_utf8", "id holds half"),
+    (row("q", tools="[" * 200_000), "broken_json", "tools is not JSON: nested too deep"),
+    (row("q", tools='[{"name": 1, "name": 2}]'), "broken_json", "the key 'name' stands twice"),
+    (row("q", tools='[{"name": "\\ud800"}]'), "not_utf8", "tools holds half a surrogate pair"),
+    (row("q", tools=[nested(200)]), "broken_json", "tools: nested more than 100 levels deep"),
+    (row("q", tools=[{"name": "\udfff"}]), "not_utf8", "tools holds half"),
+    ({"chosen": calling("[" * 200_000), "rejected": MESSAGE}, "broken_json", "tool_calls is not JSON: nested too"),
+    ({"chosen": calling([nested(150)]), "rejected": MESSAGE}, "broken_json", r"chosen\[1\].tool_calls: nested more"),
+    ({"chosen": calling([{"arguments": {"\ud800": 1}}]), "rejected": MESSAGE}, "not_utf8", "tool_calls holds half"),
+    (row("q", images=["a.png"]), "not_text", "images: only text"),
+    (row("q", image="a.png"), "not_text", "image: only text"),
+    (row("q", videos=["a.mp4"]), "not_text", "videos: only text"),
+    (row("q", audio={"path": "a.wav"}), "not_text", "audio: only text"),
+    ({"chosen": parts("q", {"type": "image"}), "rejected": MESSAGE}, "not_text", "is of the type 'image'"),
+    (
+        {"chosen": parts("q", {"type": "image_url", "image_url": {"url": "x"}}), "rejected": MESSAGE},
+        "not_text",
+        "image",
+    ),
+    ({"chosen": [MESSAGE[0] | {"images": ["x"]}, MESSAGE[1]], "rejected": MESSAGE}, "not_text", "images: only text"),
     (row("q", id=1.5), "wrong_type", "id must be"),
     (row("q", tools=[1]), "wrong_type", "tools must be"),
     (row("q", tools="{"), "broken_json", "tools is not JSON"),
@@ -107,6 +155,11 @@ def test_bad_rows_name_place_and_reason(bad: Any, reason: str, message: str) -> 
         (b'{"chosen": ', "broken_json"),
         (b"[" * 100_000, "broken_json"),
         (b'{"chosen": NaN}', "broken_json"),
+        (b'{"chosen": "a", "chosen": "b"}', "broken_json"),
+        (b'{"chosen": [{"role": "user", "content": "q", "content": "r"}]}', "broken_json"),
+        (b'{"id": "\\ud800"}', "not_utf8"),
+        (b'{"chosen": "\\udc00\\ud83d"}', "not_utf8"),
+        (b'{"id": ' + b"9" * 5000 + b"}", "broken_json"),
         (b'{"a": 1} {"b": 2}', "broken_json"),
         (b'{"chosen": "\xff"}', "not_utf8"),
         ('{"chosen": 1}'.encode("utf-16"), "not_utf8"),
@@ -157,8 +210,8 @@ def test_jsonl_with_bom_and_blank_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("read", [7, 1 << 18])
 def test_json_array_is_streamed(tmp_path: Path, indent: int | None, read: int, monkeypatch: Any) -> None:
-    monkeypatch.setattr(sources, "_READ_CHARACTERS", read)
-    monkeypatch.setattr(sources._more, "__defaults__", (read,))
+    monkeypatch.setattr(rows, "_READ_CHARACTERS", read)
+    monkeypatch.setattr(rows._more, "__defaults__", (read,))
     path = tmp_path / "f.json"
     text = json.dumps(ROWS[:40], indent=indent, ensure_ascii=False)
     path.write_text("\ufeff \n" + text + "\n", encoding="utf-8")
@@ -177,7 +230,12 @@ def test_json_file_of_lines(tmp_path: Path) -> None:
     "text, message",
     [
         ('[{"a": 1}', r"f.json:1: the file ends before its closing \]"),
-        ('[\n{"a": 1},\n{"b": }]', "f.json:3: broken JSON in the row that begins here"),
+        ('[\n{"a": 1},\n{"b": "}]', "f.json:3: broken JSON: the row that begins here is not closed"),
+        ('[{"a": 1}]\n[{"b": 2}, {"c": 3}]', r"f.json:2: found '\[' after the closing \]"),
+        ('[{"a": 1}]\n\n{"b": 2}', r"f.json:3: found '\{' after the closing \]"),
+        ('[{"a": 1}] and so on', "f.json:1: found 'a' after the closing"),
+        ('[{"a": 1}]' + " " * (1 << 19) + "x", "f.json:1: found 'x' after the closing"),
+        ("[]]", "f.json:1: found ']' after the closing"),
         ('[{"a": 1} {"b": 2}]', r"f.json:1: found '\{' where one of ',\]' must stand"),
         ('[{"a": 1}\n,]', r"f.json:2: found '\]'"),
         ("[\n1, 2]", "f.json:2: found '1'"),
@@ -188,6 +246,20 @@ def test_broken_arrays(tmp_path: Path, text: str, message: str) -> None:
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         list(read_rows(find_files(str(path))[0]))
+
+
+def test_a_broken_row_of_an_array_is_a_bad_row_and_no_more(tmp_path: Path) -> None:
+    path = tmp_path / "f.json"
+    deep = "[" * 200_000 + "]" * 200_000
+    path.write_text('[{"a": 1, "a": 2},\n{"b": "x" "y"},\n{"c": ' + deep + '},\n{"d": "}]\\""}\n]')
+    (file,) = find_files(str(path))
+    found = list(read_rows(file))
+    assert [(line, payload[:5]) for line, payload in found] == [
+        (1, b'{"a":'), (2, b'{"b":'), (3, b'{"c":'), (4, b'{"d":')
+    ]  # fmt: skip
+    for line, payload in found[:3]:
+        with pytest.raises(RowError, match=f"f.json:{line}: broken JSON"):
+            parse_line(payload, file.place(line))
 
 
 def test_array_that_is_not_utf8(tmp_path: Path) -> None:
@@ -227,6 +299,85 @@ def test_lists_and_globs_keep_their_order(tmp_path: Path) -> None:
         write_jsonl(tmp_path / f"{name}.jsonl", [item])
     assert questions(str(tmp_path / "*.jsonl")) == [EXPECTED[1], EXPECTED[0], EXPECTED[2]]
     assert questions([str(tmp_path / "c.jsonl"), str(tmp_path / "[ab].jsonl")]) == [EXPECTED[i] for i in (2, 1, 0)]
+
+
+def test_splits_and_folders(tmp_path: Path) -> None:
+    data = datasets.Dataset.from_list(ROWS[:2])
+    datasets.DatasetDict(train=data, test_prefs=data.select([1])).save_to_disk(str(tmp_path / "split"))
+    assert questions(f"{tmp_path}/split:test_prefs") == EXPECTED[1:2]
+    assert places(f"{tmp_path}/split:test_prefs") == [f"{tmp_path}/split:test_prefs:row 1"]
+    with pytest.raises(UserError, match="no split 'dev', only train, test_prefs"):
+        places(f"{tmp_path}/split:dev")
+    folder = tmp_path / "folder"
+    (folder / "data").mkdir(parents=True)
+    for number in (1, 0):
+        table = pa.Table.from_pylist(ROWS[number : number + 1])
+        pq.write_table(table, folder / "data" / f"train-0000{number}-of-00002.parquet")
+    assert questions(str(folder)) == EXPECTED[:2]
+    pq.write_table(pa.Table.from_pylist(ROWS[5:6]), folder / "data" / "test-00000.parquet")
+    with pytest.raises(UserError, match="folder: holds the splits test, train; name one"):
+        places(str(folder))
+    assert questions(f"{folder}:train") == EXPECTED[:2]
+    assert questions(f"{folder}:test") == EXPECTED[5:6]
+    write_jsonl(folder / "data" / "train.jsonl", ROWS[:2])
+    with pytest.raises(UserError, match="folder: holds files of several kinds"):
+        places(f"{folder}:train")
+
+
+@pytest.mark.parametrize("name", ["f.jsonl.gz", "f.json.gz"])
+def test_packed_files(tmp_path: Path, name: str) -> None:
+    text = "\n".join(map(json.dumps, ROWS)) if "jsonl" in name else json.dumps(ROWS)
+    packed = gzip.compress(text.encode())
+    path = tmp_path / name
+    path.write_bytes(packed)
+    assert questions(str(path)) == EXPECTED
+    assert places(str(path))[1] == f"{path}:{2 if 'jsonl' in name else 1}"
+    for damaged in (packed[:-200], packed[:200] + b"\0" * 50 + packed[250:], b"no gzip"):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"{name}: damaged or cut gzip file"):
+            places(str(path))
+
+
+def test_csv(tmp_path: Path) -> None:
+    path = tmp_path / "f.csv"
+    path.write_text('\ufeffprompt,chosen,rejected,weight\n"why,\nso?",yes,no,0.5\na,b,c,\na,b\n', encoding="utf-8")
+    (file,) = find_files(str(path))
+    rows = [(file.place(row), payload) for row, payload in read_rows(file)]
+    first, second = (parse_line(payload, place) for place, payload in rows[:2])
+    assert (first.chosen, first.weight, first.place) == (say("why,\nso?", "yes"), 0.5, f"{path}:row 1")
+    assert (second.chosen, second.weight) == (say("a", "b"), 1.0)
+    with pytest.raises(RowError, match="f.csv:row 3: found the keys prompt, chosen;"):
+        parse_line(rows[2][1], rows[2][0])
+
+
+def test_parquet_of_json_text(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "string"}}}}}
+    given = row("q", tools=[tool])
+    path = tmp_path / "f.parquet"
+    pq.write_table(pa.Table.from_pylist([{key: json.dumps(value) for key, value in given.items()}]), path)
+    assert pairs(str(path)) == [parse_row(given, f"{path}:row 1")]
+    other = {"type": "function", "function": {"name": "g", "parameters": {"properties": {"b": {"enum": [1]}}}}}
+    unlike = [given, row("r", tools=[other])]
+    pq.write_table(pa.Table.from_pylist(unlike), path)
+    assert pairs(str(path)) == [parse_row(item, f"{path}:row {i}") for i, item in enumerate(unlike, 1)]
+
+
+def test_parts_of_a_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load_dataset(name: str, **given: str) -> Any:
+        asked.append((name, given))
+        return datasets.Dataset.from_list(ROWS[:1])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for name in ("a/b:train_prefs", "a/b@v1.0", "a/b/tiny", "a/b/tiny@refs/pr/1:test"):
+        assert places(name) == [f"{name}:row 1"]
+    assert asked == [
+        ("a/b", {"split": "train_prefs"}),
+        ("a/b", {"split": "train", "revision": "v1.0"}),
+        ("a/b", {"split": "train", "name": "tiny"}),
+        ("a/b", {"split": "test", "name": "tiny", "revision": "refs/pr/1"}),
+    ]
 
 
 def test_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,7 +122,7 @@ BAD = [
     row("empty", rejected=""),
     {"chosen": [], "rejected": []},
     row("same", chosen="y", rejected="y"),
-    {"chosen": [{"role": "human", "content": "q"}], "rejected": []},
+    {"chosen": [{"role": "narrator", "content": "q"}], "rejected": []},
     row("words " * 200),
 ]
 

@@ -11,6 +11,7 @@ from minimind_dpo.config.settings import (
     OPTIMIZERS,
     QUANTIZATIONS,
     REFERENCES,
+    TEMPLATE_DATE,
     TrainConfig,
     identity,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "OPTIMIZERS",
     "QUANTIZATIONS",
     "REFERENCES",
+    "TEMPLATE_DATE",
     "TrainConfig",
     "identity",
     "load_config",

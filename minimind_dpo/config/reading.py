@@ -7,11 +7,13 @@ import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from minimind_dpo.config.data import data_problems, to_columns, to_sources
 from minimind_dpo.config.settings import LOSS_TYPES, SMOOTHED_LOSS_TYPES, TrainConfig
 from minimind_dpo.config.weights import weight_problems
 from minimind_dpo.errors import UserError
@@ -158,7 +160,7 @@ def _convert(name: str, value: Any) -> Any:
                 return value
             raise ValueError("is empty; give a value or remove the key")
         return None if optional else []
-    return _CONVERSIONS[kind](value)
+    return _OWN_CONVERSIONS.get(name, _CONVERSIONS[kind])(value)
 
 
 def _to_list(value: Any) -> list[str]:
@@ -169,6 +171,8 @@ def _to_list(value: Any) -> list[str]:
 
 
 def _to_text(value: Any) -> str:
+    if isinstance(value, date):  # yaml's reading of 2026-11-26
+        return value.isoformat()
     if not isinstance(value, (str, int, float)):
         raise ValueError(f"expected one text value, found {value!r}")
     return _plain(value)
@@ -206,6 +210,9 @@ _CONVERSIONS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+_OWN_CONVERSIONS: dict[str, Callable[[Any], Any]] = {"columns": to_columns, "train_data": to_sources}
+
+
 def _check(config: TrainConfig, skip: set[str]) -> list[str]:
     problems = []
     given = {name: getattr(config, name) for name in _SETTINGS if name not in skip}
@@ -232,8 +239,7 @@ def _check(config: TrainConfig, skip: set[str]) -> list[str]:
         problems.append("ref_num_attention_heads: is for a reference of its own; set ref_model_name_or_path too")
     if config.lr_scheduler_type == "minimind" and config.warmup_ratio:
         problems.append("warmup_ratio: lr_scheduler_type minimind has no warmup; use cosine_with_min_lr")
-    if config.eval_steps is not None and not config.eval_data and "eval_data" not in skip:
-        problems.append("eval_steps: needs eval_data")
+    problems += data_problems(config, skip)
     if not skip & {"lora_r", "reference", "ref_model_name_or_path"}:
         problems += weight_problems(config)
     return problems

@@ -8,6 +8,8 @@ from math import inf
 from typing import Any, NamedTuple
 
 COMPLETION_MASKS = ("all_assistant", "final_turn")
+# Today's date for chat templates that write one: the same data must not differ from day to day.
+TEMPLATE_DATE = "2024-07-26"
 BAD_ROW_POLICIES = ("auto", "fail", "drop")
 # Lists, since `objective/losses.py` adds what is registered from outside of the package.
 LOSS_TYPES = ["sigmoid", "sigmoid_norm", "robust", "hinge", "ipo"]
@@ -113,10 +115,15 @@ class TrainConfig:
     use_dora: bool = _fixed(False, "LoRA that trains the length of each weight's rows apart from their direction")
     use_rslora: bool = _fixed(False, "LoRA's product is scaled by lora_alpha / sqrt(lora_r) instead")
 
-    train_data: list[str] = _free(
-        [], "preference pairs: .jsonl/.json/.parquet files or globs, a datasets directory, or a hub id"
+    train_data: list[str | dict[str, Any]] = _free(
+        [], "preference pairs: files, globs, folders, hub ids owner/name[/config][@revision][:split]; {path, weight}"
     )
     eval_data: list[str] = _free([], "held-out pairs, in the same forms")
+    eval_split: float | None = _fixed(
+        None, "held out of train_data by a hash of the prompt: a share below 1, or a number of pairs", bounds=POSITIVE
+    )
+    columns: list[str] = _free([], "columns under other names: prompt=question,chosen=good,rejected=bad")
+    template_date: str = _fixed(TEMPLATE_DATE, "what a chat template takes for today, YYYY-MM-DD")
     max_length: int = _free(1024, "tokens a side, truncated on the right", bounds=POSITIVE)
     completion_mask: str = _free(
         "final_turn", "tokens that count: " + " | ".join(COMPLETION_MASKS), choices=COMPLETION_MASKS

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from minimind_dpo.config import COMPLETION_MASKS
+from minimind_dpo.config import COMPLETION_MASKS, TEMPLATE_DATE
 from minimind_dpo.data.encoding import Span, encode_texts
-from minimind_dpo.data.records import Message, PreferencePair, RowError
-from minimind_dpo.data.spans import TemplateError, chat_template
+from minimind_dpo.data.messages import Message, with_arguments
+from minimind_dpo.data.records import PreferencePair, RowError
+from minimind_dpo.data.spans import ChatTemplate, TemplateError, chat_template
 from minimind_dpo.errors import UserError
 from minimind_dpo.files import looks_local
 
@@ -39,7 +40,9 @@ class TokenizedPair:
     place: str
 
 
-def encode_pair(pair: PreferencePair, tokenizer: Any, *, max_length: int, completion_mask: str) -> TokenizedPair:
+def encode_pair(
+    pair: PreferencePair, tokenizer: Any, *, max_length: int, completion_mask: str, template_date: str = TEMPLATE_DATE
+) -> TokenizedPair:
     """Both sides of a pair as tokens, whether or not it has a signal; arguments of `tokenize_pair` in `data/drops.py`.
 
     Raises:
@@ -49,9 +52,9 @@ def encode_pair(pair: PreferencePair, tokenizer: Any, *, max_length: int, comple
     """
     check_settings(tokenizer, max_length, completion_mask)
     first_turn = pair.prompt_messages if completion_mask == "final_turn" else 0
-    texts, spans = zip(
-        *(_render(pair, side, tokenizer, first_turn) for side in (pair.chosen, pair.rejected)), strict=True
-    )
+    template = chat_template(tokenizer, template_date) if tokenizer.chat_template else None
+    sides = (_render(pair, side, tokenizer, template, first_turn) for side in (pair.chosen, pair.rejected))
+    texts, spans = zip(*sides, strict=True)
     try:
         (chosen_ids, chosen_mask), (rejected_ids, rejected_mask) = encode_texts(tokenizer, texts, spans)
     except (UnicodeEncodeError, TypeError) as error:  # the kind depends on the tokenizer
@@ -133,19 +136,30 @@ def _check_place(name: str | os.PathLike[str], path: Path) -> None:
         )
 
 
-def _render(pair: PreferencePair, messages: list[Message], tokenizer: Any, first_turn: int) -> tuple[str, list[Span]]:
+def _render(
+    pair: PreferencePair, messages: list[Message], tokenizer: Any, template: ChatTemplate | None, first_turn: int
+) -> tuple[str, list[Span]]:
     """A conversation's text, and the spans [start, end) of its assistant turns from message `first_turn` on."""
-    if not tokenizer.chat_template:
+    if template is None:
         return _render_plain(pair, messages, tokenizer)
-    template = chat_template(tokenizer)
+    if any("tool_calls" in message for message in messages):
+        messages = [with_arguments(message, template.arguments, pair.place) for message in messages]
+    if any(message["role"] == "developer" for message in messages) and "developer" not in str(tokenizer.chat_template):
+        raise RowError(
+            "wrong_role", f"{pair.place}: the chat template does not know the role 'developer'; write 'system'"
+        )
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= first_turn]
     try:
         text = template.render(messages, pair.tools)
-        return text, [template.assistant_span(text, messages, pair.tools, index) for index in turns]
+        spans = [template.assistant_span(text, messages, pair.tools, index) for index in turns]
     except TemplateError as error:
         raise RowError(
             "template_error", f"{pair.place}: the chat template refuses this conversation: {error}"
         ) from None
+    if first_turn and spans and pair.prefill and (begun := text.find(pair.prefill, *spans[0])) >= 0:
+        # What the prompt began is the prompt's; a template may have put an empty thinking block before it.
+        spans[0] = begun + len(pair.prefill), spans[0][1]
+    return text, spans
 
 
 def _render_plain(pair: PreferencePair, messages: list[Message], tokenizer: Any) -> tuple[str, list[Span]]:

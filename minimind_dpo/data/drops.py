@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from minimind_dpo.config import TEMPLATE_DATE
 from minimind_dpo.data.chat import WHOLE, TokenizedPair, check_settings, cut, encode_pair
 from minimind_dpo.data.records import Message, PreferencePair
 from minimind_dpo.data.spans import SpanError
@@ -24,7 +25,7 @@ class DroppedRow:
 
 
 def tokenize_pair(
-    pair: PreferencePair, tokenizer: Any, *, max_length: int, completion_mask: str
+    pair: PreferencePair, tokenizer: Any, *, max_length: int, completion_mask: str, template_date: str = TEMPLATE_DATE
 ) -> TokenizedPair | DroppedRow:
     """Both sides of a pair as tokens, or why the pair has no signal.
 
@@ -34,22 +35,27 @@ def tokenize_pair(
         max_length: tokens a side may have; more are cut off on the right.
         completion_mask: `all_assistant` counts every assistant turn, `final_turn` those after the messages that
             both sides share. A turn reaches from the first token after its header through its end marker.
+        template_date: what a chat template takes for today, `YYYY-MM-DD`.
 
     Raises:
         RowError: the chat template refuses the conversation, or the text can't be encoded.
         UserError: no pair at all can be tokenized with this tokenizer or these settings.
     """
     check_settings(tokenizer, max_length, completion_mask)
-    whole = encode_whole(pair, tokenizer, completion_mask)
+    whole = encode_whole(pair, tokenizer, completion_mask, template_date)
     if isinstance(whole, DroppedRow):
         return whole
     return find_drop(pair, whole, max_length) or cut(whole, max_length)
 
 
-def encode_whole(pair: PreferencePair, tokenizer: Any, completion_mask: str) -> TokenizedPair | DroppedRow:
+def encode_whole(
+    pair: PreferencePair, tokenizer: Any, completion_mask: str, template_date: str = TEMPLATE_DATE
+) -> TokenizedPair | DroppedRow:
     """Both sides as tokens, nothing cut off, or why not; arguments and errors are those of `tokenize_pair`."""
     try:
-        return encode_pair(pair, tokenizer, max_length=WHOLE, completion_mask=completion_mask)
+        return encode_pair(
+            pair, tokenizer, max_length=WHOLE, completion_mask=completion_mask, template_date=template_date
+        )
     except SpanError as error:
         return DroppedRow("template_hides_turns", f"{pair.place}: can't tell where the answer lies: {error}")
 

@@ -14,9 +14,11 @@ from itertools import chain, islice
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
+from minimind_dpo.config import TEMPLATE_DATE
 from minimind_dpo.data.chat import TokenizedPair
 from minimind_dpo.data.drops import DroppedRow, tokenize_pair
 from minimind_dpo.data.records import RowError, logger, parse_line
+from minimind_dpo.data.split import Split
 from minimind_dpo.ending import STOP_SIGNALS
 
 Row = tuple[int, int, str, Any]  # file, row, place, undecoded row: bytes or a dict
@@ -34,6 +36,9 @@ class Settings:
     max_length: int
     completion_mask: str
     on_bad_row: str
+    template_date: str = TEMPLATE_DATE
+    columns: tuple[tuple[str, str], ...] = ()  # ours and the row's name of it
+    split: Split | None = None
 
 
 def row_blocks(rows: Iterator[Row]) -> Iterator[RowBlock]:
@@ -49,7 +54,7 @@ def worthwhile_processes(size: int, cores: int) -> int:
 
 def tokenize_blocks(
     blocks: Iterator[RowBlock], tokenizer: Any, settings: Settings, processes: int
-) -> Iterator[tuple[RowBlock, list[TokenizedPair | DroppedRow]]]:
+) -> Iterator[tuple[RowBlock, list[TokenizedPair | DroppedRow | None]]]:
     """Each block with what became of its rows, in order, whatever the number of processes.
 
     Raises:
@@ -79,8 +84,8 @@ def map_blocks(
             pool.shutdown(cancel_futures=True)
 
 
-def tokenize_block(block: RowBlock, tokenizer: Any, settings: Settings) -> list[TokenizedPair | DroppedRow]:
-    """What becomes of each row of a block.
+def tokenize_block(block: RowBlock, tokenizer: Any, settings: Settings) -> list[TokenizedPair | DroppedRow | None]:
+    """What becomes of each row of a block; None of one that belongs to the other part of divided data.
 
     Raises:
         UserError: no row at all can be tokenized with this tokenizer or these settings.
@@ -90,10 +95,23 @@ def tokenize_block(block: RowBlock, tokenizer: Any, settings: Settings) -> list[
 
 def _tokenize_row(
     payload: bytes | dict[str, Any], place: str, tokenizer: Any, settings: Settings
-) -> TokenizedPair | DroppedRow:
+) -> TokenizedPair | DroppedRow | None:
     try:
-        pair = parse_line(payload, place)
-        return tokenize_pair(pair, tokenizer, max_length=settings.max_length, completion_mask=settings.completion_mask)
+        pair = parse_line(payload, place, dict(settings.columns))
+    except RowError as error:
+        # It belongs to neither part; the one for training speaks of it.
+        other = settings.split is not None and settings.split.held_out
+        return None if other else DroppedRow(error.reason, str(error), malformed=True)
+    if settings.split is not None and not settings.split.has(pair):
+        return None
+    try:
+        return tokenize_pair(
+            pair,
+            tokenizer,
+            max_length=settings.max_length,
+            completion_mask=settings.completion_mask,
+            template_date=settings.template_date,
+        )
     except RowError as error:
         return DroppedRow(error.reason, str(error), malformed=True)
 

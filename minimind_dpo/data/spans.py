@@ -10,21 +10,25 @@ A message's words are all that it says: its content, its thoughts, the names and
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import jinja2
 
-from minimind_dpo.data.records import Message
+from minimind_dpo.config import TEMPLATE_DATE
+from minimind_dpo.data.messages import Message
+from minimind_dpo.data.template import SafeTemplate
+from minimind_dpo.errors import UserError
 
 # A generation prompt may end with an (empty) thinking block; what is thought belongs to the answer.
 _THINKING = re.compile(r"[<\[]\|?\w*think", re.IGNORECASE)
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # the names under which transformers passes it on
-# Llama's templates write today's date unless they are given one: the same data would differ from day to day.
-_LLAMA_DATE = "26 Jul 2024"
-_RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError)
+_RENDER_ERRORS = (
+    jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError
+)  # fmt: skip
 
 
 class TemplateError(Exception):
@@ -38,8 +42,10 @@ class SpanError(Exception):
 class ChatTemplate:
     """A tokenizer's chat template: renders conversations and finds the assistant's turns in them."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, date: str = TEMPLATE_DATE) -> None:
         self.tokenizer = tokenizer
+        self._date = date
+        self._compiled: dict[str, SafeTemplate] = {}
         self._leads: dict[tuple[Any, ...], tuple[str, int]] = {}
         self._terminator: str | None = None
 
@@ -49,16 +55,45 @@ class ChatTemplate:
         Raises:
             TemplateError: the template refuses the conversation.
         """
+        # What `apply_chat_template` does, but for the template's clock and bounds.
+        source = self.tokenizer.get_chat_template(tools=tools)
+        if source not in self._compiled:
+            self._compiled[source] = SafeTemplate(source, self._date)
         try:
-            return self.tokenizer.apply_chat_template(
-                messages,
+            return self._compiled[source].render(
+                messages=[_as_templates_read(message) for message in messages],
                 tools=tools,
-                tokenize=False,
+                documents=None,
                 add_generation_prompt=add_generation_prompt,
-                date_string=_LLAMA_DATE,
+                **self.tokenizer.special_tokens_map,
             )
+        except UserError:
+            raise
         except _RENDER_ERRORS as error:
             raise TemplateError(f"{type(error).__name__}: {error}") from None
+
+    @cached_property
+    def arguments(self) -> type | None:
+        """What the template wants as arguments of a call: an object (`dict`), JSON text (`str`), or either (None)."""
+        given = {"city": "MARK"}
+        as_object, as_text = (self._render_call(arguments) for arguments in (given, json.dumps(given)))
+        takes_text = '"city"' in as_text
+        takes_object = "MARK" in as_object and "'city'" not in as_object
+        return None if takes_text == takes_object else str if takes_text else dict
+
+    def _render_call(self, arguments: Any) -> str:
+        """A conversation with a call, as text; empty where the template refuses it."""
+        call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        messages: list[Message] = [
+            {"role": "user", "content": "question"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "3", "name": "f", "tool_call_id": "call00001"},
+            {"role": "assistant", "content": "answer"},
+        ]
+        try:
+            return self.render(messages)
+        except TemplateError:
+            return ""
 
     def assistant_span(self, text: str, messages: list[Message], tools: Any, index: int) -> tuple[int, int]:
         """Start and end of turn `index` in `text`, the rendered conversation; the end includes the end marker.
@@ -156,13 +191,20 @@ class ChatTemplate:
 
 
 @lru_cache(maxsize=8)
-def _chat_template(tokenizer: Any, source: str) -> ChatTemplate:
-    return ChatTemplate(tokenizer)
+def _chat_template(tokenizer: Any, source: str, date: str) -> ChatTemplate:
+    return ChatTemplate(tokenizer, date)
 
 
-def chat_template(tokenizer: Any) -> ChatTemplate:
-    """The tokenizer's chat template, kept with what was learnt about it."""
-    return _chat_template(tokenizer, str(tokenizer.chat_template))
+def chat_template(tokenizer: Any, date: str = TEMPLATE_DATE) -> ChatTemplate:
+    """The tokenizer's chat template, kept with what was learnt about it; `date` (`YYYY-MM-DD`) is today's in it."""
+    return _chat_template(tokenizer, str(tokenizer.chat_template), date)
+
+
+def _as_templates_read(message: Message) -> Message:
+    """As transformers passes a message on: without absent fields, thoughts under each name that templates know."""
+    message = {name: value for name, value in message.items() if value is not None}
+    thoughts = next((message[name] for name in _REASONING if name in message), None)
+    return message if thoughts is None else {"thinking": thoughts, **message, "reasoning_content": thoughts}
 
 
 def _marked(messages: list[Message], marks: dict[int, str]) -> list[Message]:

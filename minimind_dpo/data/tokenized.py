@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -12,12 +13,14 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from minimind_dpo.config import BAD_ROW_POLICIES
+from minimind_dpo.config import BAD_ROW_POLICIES, TEMPLATE_DATE
 from minimind_dpo.data import cache
 from minimind_dpo.data.chat import TokenizedPair, check_settings, load_tokenizer
 from minimind_dpo.data.processes import Settings, row_blocks, tokenize_blocks, worthwhile_processes
 from minimind_dpo.data.records import RowError, logger
-from minimind_dpo.data.sources import DataFile, count_rows, find_files, read_rows
+from minimind_dpo.data.rows import DataFile, count_rows, read_rows
+from minimind_dpo.data.sources import Source, find_files
+from minimind_dpo.data.split import Split, mixture, split_limit
 from minimind_dpo.engine.cpu import available_cores
 from minimind_dpo.errors import UserError
 
@@ -60,12 +63,16 @@ class TokenizedData:
 
 
 def tokenize_files(
-    source: str | list[str],
+    source: Source | Sequence[Source],
     tokenizer: Any,
     *,
     max_length: int,
     completion_mask: str,
     on_bad_row: str,
+    template_date: str = TEMPLATE_DATE,
+    columns: Sequence[str] = (),
+    eval_split: float | None = None,
+    held_out: bool = False,
     num_proc: int | None = None,
     go_on: Callable[[], None] = lambda: None,
 ) -> TokenizedData:
@@ -75,12 +82,16 @@ def tokenize_files(
     bytes, the tokenizer and the settings. Memory use doesn't grow with the number of pairs.
 
     Args:
-        source: what `find_files` accepts: file, glob, directory, hub id, or a list of them.
+        source: what `find_files` accepts: file, glob, directory, hub id, a mixture, or a list of them.
         tokenizer: a fast tokenizer of transformers.
         max_length: tokens a side may have; more are cut off on the right.
         completion_mask: `all_assistant` or `final_turn`.
         on_bad_row: `fail` raises at the first row that is malformed or has no signal, `drop` drops and counts both,
             `auto` raises at malformed rows and drops those without signal.
+        template_date: what a chat template takes for today, `YYYY-MM-DD`.
+        columns: `prompt=question`: which of the rows' columns is meant by one of ours.
+        eval_split: the part of the prompts, or number of pairs, that is held out by a hash of the prompt.
+        held_out: whether the pairs held out are wanted, or the others, with their sources' weights.
         num_proc: processes to tokenize with; by default as many as the data's size makes worthwhile. More than one
             start afresh (spawn), so a script that asks for them needs the `if __name__ == "__main__"` guard.
         go_on: called every now and then; what it raises ends the work, and nothing is left of it.
@@ -93,7 +104,9 @@ def tokenize_files(
         raise UserError(f"on_bad_row must be one of {', '.join(BAD_ROW_POLICIES)}, not '{on_bad_row}'")
     check_settings(tokenizer, max_length, completion_mask)
     files = tuple(find_files(source))
-    settings = Settings(max_length, completion_mask, on_bad_row)
+    names = tuple((ours, theirs) for ours, _, theirs in (column.partition("=") for column in columns))
+    split = None if eval_split is None else Split(held_out, split_limit(eval_split, files, dict(names)))
+    settings = Settings(max_length, completion_mask, on_bad_row, template_date, names, split)
     content = [cache.digest_file(file) for file in files]
     key = cache.key_of([digest.sha256 for digest in content], tokenizer, settings)
     path = cache.entry_path(key)
@@ -110,7 +123,19 @@ def tokenize_files(
         logger.log(logging.WARNING if report.dropped else logging.INFO, "%s", report)
     # The cache keeps numbers; the names are those of the files in use now, which may have moved.
     dataset = dataset.with_transform(partial(_add_places, tuple(replace(file, dataset=None) for file in files)))
-    return TokenizedData(dataset, dataset.data["tokens"].to_numpy(), meta["digest"], report)
+    data = TokenizedData(dataset, dataset.data["tokens"].to_numpy(), meta["digest"], report)
+    return data if held_out or all(file.weight == 1 for file in files) else _mixed(data, files)
+
+
+def _mixed(data: TokenizedData, files: tuple[DataFile, ...]) -> TokenizedData:
+    """Each source's pairs as often as its weight says."""
+    weights = {file.source: file.weight for file in files}
+    sources = np.asarray([file.source for file in files])[data.dataset.data["file"].to_numpy()]
+    taken = mixture(sources, [weights[source] for source in range(len(weights))])
+    if not len(taken):
+        raise UserError(f"no pair is left of {', '.join(file.name for file in files)} with these weights")
+    digest = hashlib.sha256(data.digest.encode() + taken.tobytes()).hexdigest()
+    return TokenizedData(data.dataset.select(taken, keep_in_memory=True), data.tokens[taken], digest, data.report)
 
 
 def _tokenize_into(
@@ -130,6 +155,8 @@ def _tokenize_into(
         for block, tokenized in tokenize_blocks(row_blocks(stream), tokenizer, settings, processes):
             go_on()
             for (file, row, _, _), pair in zip(block, tokenized, strict=True):
+                if pair is None:
+                    continue
                 if isinstance(pair, TokenizedPair):
                     writer.add(pair, file, row)
                 elif settings.on_bad_row == "fail" or (pair.malformed and settings.on_bad_row == "auto"):
@@ -139,7 +166,11 @@ def _tokenize_into(
             bar.update(len(block))
     report = _report(writer.meta(), files)
     if not report.kept:
-        raise UserError(f"no usable pair in {', '.join(file.name for file in files)}: {report}")
+        names = ", ".join(file.name for file in files)
+        if settings.split is not None and not report.rows:
+            part = "held out" if settings.split.held_out else "left to train on"
+            raise UserError(f"eval_split: no pair of {names} is {part}; give a number of pairs, or other data")
+        raise UserError(f"no usable pair in {names}: {report}")
 
 
 def _add_places(files: tuple[DataFile, ...], batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -157,7 +188,8 @@ def _report(meta: dict[str, Any], files: tuple[DataFile, ...]) -> DropReport:
 def _total_rows(files: tuple[DataFile, ...], content: list[cache.FileDigest]) -> int | None:
     """Rows to expect, for the progress bar; None where only reading would tell."""
     counts = [
-        digest.lines if file.kind == "jsonl" else count_rows(file) for file, digest in zip(files, content, strict=True)
+        digest.lines if file.kind == "jsonl" and not file.is_packed else count_rows(file)
+        for file, digest in zip(files, content, strict=True)
     ]
     return None if None in counts else sum(count for count in counts if count is not None)
 

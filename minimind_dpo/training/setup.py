@@ -19,6 +19,7 @@ from minimind_dpo.checkpoints.state import TrainerState, check_identity, read_st
 from minimind_dpo.config import TrainConfig, identity
 from minimind_dpo.data.chat import load_tokenizer
 from minimind_dpo.data.order import PairOrder, total_steps
+from minimind_dpo.data.sources import Source
 from minimind_dpo.data.tokenized import TokenizedData, tokenize_files
 from minimind_dpo.ending import StopRequest
 from minimind_dpo.engine.optimizers import make_optimizer
@@ -131,7 +132,7 @@ def load_data(config: TrainConfig, engine: Engine, tokenizer: Any, stop: Callabl
     """
     with main_first(engine, "tokenize", stop, config.ddp_timeout) as go_on:
         train = _tokenize(config, config.train_data, tokenizer, go_on)
-        held_out = _tokenize(config, config.eval_data, tokenizer, go_on) if config.eval_data else None
+        held_out = _held_out(config, tokenizer, go_on)
     stop_together(engine, stop, "before the first step")
     global_batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * engine.world_size
     order = PairOrder(len(train), global_batch, config.seed, config.shuffle)
@@ -214,13 +215,25 @@ def _trainable(config: TrainConfig, policy: PreTrainedModel, dtype: str) -> Pair
     return PairScorer(policy.train(), config.matmul)
 
 
-def _tokenize(config: TrainConfig, source: list[str], tokenizer: Any, go_on: Callable[[], None]) -> TokenizedData:
+def _held_out(config: TrainConfig, tokenizer: Any, go_on: Callable[[], None]) -> TokenizedData | None:
+    if config.eval_split is not None:
+        return _tokenize(config, config.train_data, tokenizer, go_on, held_out=True)
+    return _tokenize(config, config.eval_data, tokenizer, go_on) if config.eval_data else None
+
+
+def _tokenize(
+    config: TrainConfig, source: Sequence[Source], tokenizer: Any, go_on: Callable[[], None], held_out: bool = False
+) -> TokenizedData:
     return tokenize_files(
         source,
         tokenizer,
         max_length=config.max_length,
         completion_mask=config.completion_mask,
         on_bad_row=config.on_bad_row,
+        template_date=config.template_date,
+        columns=config.columns,
+        eval_split=config.eval_split,
+        held_out=held_out,
         go_on=go_on,
     )
 

@@ -62,8 +62,8 @@ def _check_row(
     try:
         if isinstance(payload, RowError):  # the file ends here, damaged
             raise payload
-        pair = parse_line(payload, place)
-        whole = encode_whole(pair, tokenizer, settings.completion_mask)
+        pair = parse_line(payload, place, dict(settings.columns))
+        whole = encode_whole(pair, tokenizer, settings.completion_mask, settings.template_date)
     except RowError as error:
         return [("malformed_row", str(error))], None
     drop = whole if isinstance(whole, DroppedRow) else find_drop(pair, whole, settings.max_length)

@@ -17,7 +17,8 @@ from minimind_dpo.data.checking.repeats import find_leaks, find_repeats
 from minimind_dpo.data.checking.rows import ROW, CheckedBlock, check_block
 from minimind_dpo.data.processes import Row, RowBlock, Settings, map_blocks, row_blocks, worthwhile_processes
 from minimind_dpo.data.records import RowError
-from minimind_dpo.data.sources import DataFile, find_files, read_rows
+from minimind_dpo.data.rows import DataFile, read_rows
+from minimind_dpo.data.sources import find_files
 from minimind_dpo.errors import UserError
 
 _LONGEST_DETAIL = 300  # characters; a row that is refused may be quoted at any length

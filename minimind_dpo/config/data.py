@@ -1,0 +1,82 @@
+"""What a configuration says of data: how it is told, and what of it can't be right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import date
+from math import isfinite
+from typing import Any
+
+from minimind_dpo.config.settings import TrainConfig
+
+# What the rows of all forms that are read may hold (`data/forms.py`, which a test compares).
+COLUMNS = (
+    "prompt chosen rejected system tools weight margin id conversations messages chosen_messages rejected_messages "
+    "rejected_response instruction input output history question query response"
+).split()
+
+
+def to_columns(value: Any) -> list[str]:
+    """`ours=theirs` each: from a text with commas, a list of such texts, or a mapping.
+
+    Raises:
+        ValueError: it is none of these, or one of ours is unknown or said twice.
+    """
+    if isinstance(value, Mapping):
+        value = [f"{ours}={theirs}" for ours, theirs in value.items()]
+    items = [part.strip() for item in (value if isinstance(value, list) else [value]) for part in str(item).split(",")]
+    ours = [item.partition("=")[0] for item in items]
+    for item, name in zip(items, ours, strict=True):
+        if not all(item.partition("=")):
+            raise ValueError(f"expected prompt=question,chosen=good,..., found {item!r}")
+        if name not in COLUMNS:
+            raise ValueError(f"{name!r} is none of {', '.join(COLUMNS)}")
+    if len(set(ours)) < len(ours):
+        raise ValueError(f"names a column twice: {', '.join(items)}")
+    return items
+
+
+def to_sources(value: Any) -> list[str | dict[str, Any]]:
+    """Names of data, or `{path: name, weight: number}`.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    items = value if isinstance(value, list) else [value]
+    for item in items:
+        if isinstance(item, Mapping):
+            if not {"path"} <= item.keys() <= {"path", "weight"} or not isinstance(item["path"], str):
+                raise ValueError(f"expected {{path: NAME, weight: NUMBER}}, found {dict(item)!r}")
+            weight = item.get("weight", 1.0)
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= 1000:
+                raise ValueError(
+                    f"the weight of {item['path']} must be a number above 0 and at most 1000, is {weight!r}"
+                )
+        elif not isinstance(item, str):
+            raise ValueError(f"expected one text or a list of texts, found {item!r}")
+    return [dict(item) if isinstance(item, Mapping) else item for item in items]
+
+
+def data_problems(config: TrainConfig, skip: set[str]) -> list[str]:
+    """Settings of data that do not go together, one text each; keys in `skip` have a problem already."""
+    problems = []
+    size = config.eval_split
+    if size is not None and "eval_split" not in skip:
+        if config.eval_data:
+            problems.append("eval_split: stands beside eval_data, which is evaluated on? remove one of them")
+        if isfinite(size) and size > 1 and not float(size).is_integer():
+            problems.append(f"eval_split: must be a share below 1 or a whole number of pairs, is {size}")
+    if (
+        config.eval_steps is not None
+        and not config.eval_data
+        and size is None
+        and not skip & {"eval_data", "eval_split"}
+    ):
+        problems.append("eval_steps: needs eval_data or eval_split")
+    try:
+        if len(config.template_date) != 10:
+            raise ValueError
+        date.fromisoformat(config.template_date)
+    except ValueError:
+        problems.append(f"template_date: expected a day as 2024-07-26, found {config.template_date!r}")
+    return problems
