@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and what a user's name can be: a local path, MiniMind's raw weights.
+"""Files that are whole or absent, and as they were written.
 
 A crash, a kill or a power cut leaves the old content or the new one, never a half. New content is written in a
 directory that only this writer knows, its bytes are brought to the disk, and only then does it take its name: no two
@@ -28,7 +28,6 @@ from minimind_dpo.errors import TrainingError, UserError
 _PARTIAL = ".partial"
 _ABANDONED = 24 * 3600  # seconds after which nobody writes any more
 _unfinished: set[Path] = set()  # where `replacing` blocks of this process write
-_MODEL_SUFFIXES = (".pth", ".pt", ".bin", ".gguf", ".safetensors")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # nobody's mistake, and it may go on later
 _FORBIDDEN = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
@@ -247,15 +246,3 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def looks_local(name: str) -> bool:
-    """Whether a name that doesn't exist here must be meant as a path, not as a hub id `owner/name`."""
-    if name.startswith((".", "/", "~")) or name.endswith(("/", *_MODEL_SUFFIXES)) or name.count("/") > 1:
-        return True
-    return "\\" in name or ("/" in name and Path(name).parent.is_dir())
-
-
-def is_raw_weights(path: Path) -> bool:
-    """Whether a model's path names MiniMind's raw weights: any one file, except a `.gguf` file."""
-    return path.is_file() and path.suffix != ".gguf"

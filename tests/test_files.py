@@ -9,18 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from minimind_dpo.files import (
-    aside,
-    discard,
-    is_raw_weights,
-    looks_local,
-    make_anew,
-    put_in_place,
-    replacing,
-    sweep,
-    sync_all,
-    write_text,
-)
+from minimind_dpo.config.names import is_raw_weights, looks_local
+from minimind_dpo.files import aside, discard, make_anew, put_in_place, replacing, sweep, sync_all, write_text
 
 
 class Cut(Exception):

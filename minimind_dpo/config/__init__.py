@@ -1,5 +1,6 @@
 """Every setting of a run: what there is (`settings.py`), how it is told (`reading.py`)."""
 
+from minimind_dpo.config.data import read_columns
 from minimind_dpo.config.reading import load_config, make_config, save_config
 from minimind_dpo.config.settings import (
     BAD_ROW_POLICIES,
@@ -31,5 +32,6 @@ __all__ = [
     "identity",
     "load_config",
     "make_config",
+    "read_columns",
     "save_config",
 ]

@@ -8,6 +8,7 @@ from math import isfinite
 from typing import Any
 
 from minimind_dpo.config.settings import TrainConfig
+from minimind_dpo.errors import UserError
 
 # What the rows of all forms that are read may hold (`data/forms.py`, which a test compares).
 COLUMNS = (
@@ -36,6 +37,14 @@ def to_columns(value: Any) -> list[str]:
     return items
 
 
+def read_columns(words: list[str]) -> list[str]:
+    """What follows a command's `--columns`, as `to_columns`; UserError where it is wrong."""
+    try:
+        return to_columns(words) if words else []
+    except ValueError as error:
+        raise UserError(f"--columns: {error}") from None
+
+
 def to_sources(value: Any) -> list[str | dict[str, Any]]:
     """Names of data, or `{path: name, weight: number}`.
 
@@ -47,14 +56,22 @@ def to_sources(value: Any) -> list[str | dict[str, Any]]:
         if isinstance(item, Mapping):
             if not {"path"} <= item.keys() <= {"path", "weight"} or not isinstance(item["path"], str):
                 raise ValueError(f"expected {{path: NAME, weight: NUMBER}}, found {dict(item)!r}")
-            weight = item.get("weight", 1.0)
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= 1000:
-                raise ValueError(
-                    f"the weight of {item['path']} must be a number above 0 and at most 1000, is {weight!r}"
-                )
+            _weight(item)
         elif not isinstance(item, str):
             raise ValueError(f"expected one text or a list of texts, found {item!r}")
-    return [dict(item) if isinstance(item, Mapping) else item for item in items]
+    return [dict(item) | {"weight": _weight(item)} if isinstance(item, Mapping) else item for item in items]
+
+
+def _weight(item: Mapping[str, Any]) -> float:
+    """A source's weight, 1 where none is said; yaml hands on the text that stands there."""
+    said = item.get("weight", 1.0)
+    try:
+        weight = float("nan" if isinstance(said, bool) else said)
+    except (TypeError, ValueError):
+        weight = float("nan")
+    if not 0 < weight <= 1000:
+        raise ValueError(f"the weight of {item['path']} must be a number above 0 and at most 1000, is {said!r}")
+    return weight
 
 
 def data_problems(config: TrainConfig, skip: set[str]) -> list[str]:

@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from minimind_dpo.config import COMPLETION_MASKS, TEMPLATE_DATE
+from minimind_dpo.config.names import looks_local
 from minimind_dpo.data.encoding import Span, encode_texts
 from minimind_dpo.data.messages import Message, with_arguments
 from minimind_dpo.data.records import PreferencePair, RowError
 from minimind_dpo.data.spans import ChatTemplate, TemplateError, chat_template
 from minimind_dpo.errors import UserError
-from minimind_dpo.files import looks_local
 
 WHOLE = sys.maxsize  # the `max_length` that cuts nothing
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from minimind_dpo.config import COMPLETION_MASKS, TrainConfig
+from minimind_dpo.config import COMPLETION_MASKS, TrainConfig, read_columns
 from minimind_dpo.data.chat import check_settings, load_tokenizer
 from minimind_dpo.errors import EXIT_DONE, EXIT_FAILED
 
@@ -21,11 +21,12 @@ def run_check(argv: list[str]) -> int:
     from minimind_dpo.data.checking.findings import open_ledger
     from minimind_dpo.data.checking.report import as_json, as_text
     from minimind_dpo.data.checking.survey import note_leaks, survey
-    from minimind_dpo.data.processes import Settings
+    from minimind_dpo.data.processes import Settings, column_names
 
     tokenizer = load_tokenizer(args.tokenizer)
     check_settings(tokenizer, args.max_length, args.completion_mask)
-    settings = Settings(args.max_length, args.completion_mask, "drop")
+    columns = column_names(read_columns(args.columns))
+    settings = Settings(args.max_length, args.completion_mask, "drop", columns=columns)
     with open_ledger(args.ledger) as ledger:
         found = survey(args.data, tokenizer, settings, args.num_proc, ledger)
         evaluation = survey(args.eval_data, tokenizer, settings, args.num_proc, ledger) if args.eval_data else None
@@ -44,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         "misunderstand, copies, contradictions and leaks; and how long pairs are. Exit code 1 where there is an error.",
     )
     parser.add_argument("--data", required=True, nargs="+", help="preference data: file, glob, directory or hub id")
+    parser.add_argument("--columns", nargs="+", default=[], help="whose columns are meant: prompt=question,chosen=good")
     parser.add_argument("--tokenizer", required=True, help="directory, .gguf file or hub id of the tokenizer")
     parser.add_argument("--eval_data", nargs="+", help="checked as well; no training row may be in it")
     parser.add_argument(

@@ -6,12 +6,14 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
-from minimind_dpo.config import COMPLETION_MASKS
+from minimind_dpo.config import COMPLETION_MASKS, TrainConfig, read_columns
 from minimind_dpo.data.chat import TokenizedPair, check_settings, cut, load_tokenizer, shared_prefix_length
 from minimind_dpo.data.drops import DroppedRow, encode_whole, find_drop
+from minimind_dpo.data.processes import column_names
 from minimind_dpo.data.records import PreferencePair, parse_line
 from minimind_dpo.data.sources import find_files, read_rows
 from minimind_dpo.errors import UserError
@@ -25,7 +27,7 @@ def run_inspect(argv: list[str]) -> int:
     """
     args = _parser().parse_args(argv)
     tokenizer = load_tokenizer(args.tokenizer)
-    pair = find_pair(args.data, args.index)
+    pair = find_pair(args.data, args.index, dict(column_names(read_columns(args.columns))))
     check_settings(tokenizer, args.max_length, args.completion_mask)
     whole = encode_whole(pair, tokenizer, args.completion_mask)
     if isinstance(whole, DroppedRow):
@@ -40,8 +42,13 @@ def run_inspect(argv: list[str]) -> int:
     return 0
 
 
-def find_pair(source: str | list[str], index: int) -> PreferencePair:
+def find_pair(source: str | list[str], index: int, columns: Mapping[str, str] | None = None) -> PreferencePair:
     """The pair of row `index` (from 0, blank lines don't count); the rows before it are read and not checked.
+
+    Args:
+        source: what `find_files` accepts.
+        index: of the row.
+        columns: for each of our columns the rows' own name of it, where that is another.
 
     Raises:
         UserError: there is no such row, or it can't be used.
@@ -50,7 +57,7 @@ def find_pair(source: str | list[str], index: int) -> PreferencePair:
     for file in find_files(source):
         for number, payload in read_rows(file):
             if rows == index:
-                return parse_line(payload, file.place(number))
+                return parse_line(payload, file.place(number), columns)
             rows += 1
     remedy = f"an index lies between 0 and {rows - 1}" if rows else "there is nothing to inspect"
     raise UserError(f"--index {index}: the data has {rows} rows, {remedy}")
@@ -123,14 +130,18 @@ def _parser() -> argparse.ArgumentParser:
         description="Show one preference pair as the model sees it: token ids, completion mask, shared prefix.",
     )
     parser.add_argument("--data", required=True, nargs="+", help="preference data: file, glob, directory or hub id")
+    parser.add_argument("--columns", nargs="+", default=[], help="whose columns are meant: prompt=question,chosen=good")
     parser.add_argument("--tokenizer", required=True, help="directory, .gguf file or hub id of the tokenizer")
     parser.add_argument("--index", type=_index, default=0, help="which row, from 0 (default 0)")
-    parser.add_argument("--max_length", type=int, default=1024, help="tokens a side (default 1024)")
+    parser.add_argument(
+        "--max_length", type=int, default=TrainConfig.max_length, help="tokens a side (default %(default)s)"
+    )
     parser.add_argument(
         "--completion_mask",
         choices=COMPLETION_MASKS,
-        default="all_assistant",
-        help="which tokens count: every assistant turn, or only the answer in which the sides differ",
+        default=TrainConfig.completion_mask,
+        help="which tokens count: every assistant turn, or only the answer in which the sides differ "
+        "(default %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

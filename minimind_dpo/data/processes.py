@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +39,11 @@ class Settings:
     template_date: str = TEMPLATE_DATE
     columns: tuple[tuple[str, str], ...] = ()  # ours and the row's name of it
     split: Split | None = None
+
+
+def column_names(columns: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """`prompt=question` texts as pairs: one of our columns, and the rows' own name of it."""
+    return tuple((ours, theirs) for ours, _, theirs in (column.partition("=") for column in columns))
 
 
 def row_blocks(rows: Iterator[Row]) -> Iterator[RowBlock]:

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from minimind_dpo.config.names import looks_local
 from minimind_dpo.data.rows import PACKED, SUFFIXES, DataFile, count_rows, kind_of, read_rows
 from minimind_dpo.errors import UserError
-from minimind_dpo.files import looks_local
 
 __all__ = ["DataFile", "count_rows", "find_files", "read_rows"]
 

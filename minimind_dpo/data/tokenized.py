@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from minimind_dpo.config import BAD_ROW_POLICIES, TEMPLATE_DATE
 from minimind_dpo.data import cache
 from minimind_dpo.data.chat import TokenizedPair, check_settings, load_tokenizer
-from minimind_dpo.data.processes import Settings, row_blocks, tokenize_blocks, worthwhile_processes
+from minimind_dpo.data.processes import Settings, column_names, row_blocks, tokenize_blocks, worthwhile_processes
 from minimind_dpo.data.records import RowError, logger
 from minimind_dpo.data.rows import DataFile, count_rows, read_rows
 from minimind_dpo.data.sources import Source, find_files
@@ -84,11 +84,9 @@ def tokenize_files(
     Args:
         source: what `find_files` accepts: file, glob, directory, hub id, a mixture, or a list of them.
         tokenizer: a fast tokenizer of transformers.
-        max_length: tokens a side may have; more are cut off on the right.
-        completion_mask: `all_assistant` or `final_turn`.
+        max_length, completion_mask, template_date: as in `tokenize_pair`.
         on_bad_row: `fail` raises at the first row that is malformed or has no signal, `drop` drops and counts both,
             `auto` raises at malformed rows and drops those without signal.
-        template_date: what a chat template takes for today, `YYYY-MM-DD`.
         columns: `prompt=question`: which of the rows' columns is meant by one of ours.
         eval_split: the part of the prompts, or number of pairs, that is held out by a hash of the prompt.
         held_out: whether the pairs held out are wanted, or the others, with their sources' weights.
@@ -104,12 +102,18 @@ def tokenize_files(
         raise UserError(f"on_bad_row must be one of {', '.join(BAD_ROW_POLICIES)}, not '{on_bad_row}'")
     check_settings(tokenizer, max_length, completion_mask)
     files = tuple(find_files(source))
-    names = tuple((ours, theirs) for ours, _, theirs in (column.partition("=") for column in columns))
+    names = column_names(columns)
     split = None if eval_split is None else Split(held_out, split_limit(eval_split, files, dict(names)))
     settings = Settings(max_length, completion_mask, on_bad_row, template_date, names, split)
+    data = _tokenized(files, tokenizer, settings, num_proc, go_on)
+    return data if held_out or all(file.weight == 1 for file in files) else _mixed(data, files)
+
+
+def _tokenized(
+    files: tuple[DataFile, ...], tokenizer: Any, settings: Settings, num_proc: int | None, go_on: Callable[[], None]
+) -> TokenizedData:
     content = [cache.digest_file(file) for file in files]
-    key = cache.key_of([digest.sha256 for digest in content], tokenizer, settings)
-    path = cache.entry_path(key)
+    path = cache.entry_path(cache.key_of([digest.sha256 for digest in content], tokenizer, settings))
     if (found := cache.open_entry(path)) is None:
         processes = num_proc or worthwhile_processes(sum(digest.size for digest in content), available_cores())
         rows = _total_rows(files, content)
@@ -123,8 +127,7 @@ def tokenize_files(
         logger.log(logging.WARNING if report.dropped else logging.INFO, "%s", report)
     # The cache keeps numbers; the names are those of the files in use now, which may have moved.
     dataset = dataset.with_transform(partial(_add_places, tuple(replace(file, dataset=None) for file in files)))
-    data = TokenizedData(dataset, dataset.data["tokens"].to_numpy(), meta["digest"], report)
-    return data if held_out or all(file.weight == 1 for file in files) else _mixed(data, files)
+    return TokenizedData(dataset, dataset.data["tokens"].to_numpy(), meta["digest"], report)
 
 
 def _mixed(data: TokenizedData, files: tuple[DataFile, ...]) -> TokenizedData:

@@ -15,9 +15,9 @@ from transformers.initialization import no_init_weights
 from minimind_dpo.checkpoints.directory import checkpoint_problem
 from minimind_dpo.checkpoints.files import FragmentReader
 from minimind_dpo.checkpoints.state import read_state
+from minimind_dpo.config.names import is_raw_weights
 from minimind_dpo.engine.sharding import gathered, local_values
 from minimind_dpo.errors import UserError
-from minimind_dpo.files import is_raw_weights
 from minimind_dpo.models.adapters import ADAPTER, attach_adapter, restore_adapters
 from minimind_dpo.models.bases import AdapterBase, note_base, read_base
 from minimind_dpo.models.digest import weights_digest

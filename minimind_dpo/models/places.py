@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from minimind_dpo.config.names import looks_local
 from minimind_dpo.errors import UserError
-from minimind_dpo.files import looks_local
 
 CHECKPOINT_STATE = "trainer_state.json"  # what a checkpoint has and no other model directory
 ADAPTER_CONFIG = "adapter_config.json"  # peft's name

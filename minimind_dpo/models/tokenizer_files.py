@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from minimind_dpo.config.names import is_raw_weights
 from minimind_dpo.data.chat import load_tokenizer
 from minimind_dpo.errors import UserError
-from minimind_dpo.files import is_raw_weights
 from minimind_dpo.models.places import adapter_base, is_adapter, locate_model
 
 _FILES = (

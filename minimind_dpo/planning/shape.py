@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from minimind_dpo.config.names import is_raw_weights
 from minimind_dpo.errors import UserError
-from minimind_dpo.files import is_raw_weights
 from minimind_dpo.models.adapters import add_adapters
 from minimind_dpo.models.fast.fusing import can_fuse
 from minimind_dpo.models.fast.half import product_weights

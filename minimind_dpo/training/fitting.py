@@ -8,7 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from minimind_dpo.data.tokenized import TokenizedData
@@ -103,3 +104,10 @@ def _largest(tables: Iterable[Any], measure: Any) -> int:
 
 def _column(batch: pa.Table, name: str) -> pa.Array:
     return batch.column(name).combine_chunks()
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: Any) -> Tensor:
+    """What ends an answer, by the tokenizer and by the model's settings of generation, ascending."""
+    told = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = {tokenizer.eos_token_id, *(told if isinstance(told, list) else [told])}
+    return torch.tensor(sorted(token for token in ids if token is not None), dtype=torch.long)

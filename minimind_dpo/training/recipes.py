@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from minimind_dpo.config import TrainConfig
-from minimind_dpo.files import is_raw_weights
+from minimind_dpo.config.names import is_raw_weights
 
 logger = logging.getLogger(__name__)
 

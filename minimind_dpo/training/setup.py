@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from minimind_dpo.checkpoints.directory import load_checkpoint
@@ -37,7 +35,7 @@ from minimind_dpo.objective.losses import LossSettings
 from minimind_dpo.objective.scoring import PairScorer
 from minimind_dpo.reference.cache import Needed
 from minimind_dpo.reference.choosing import load_reference, make_reference
-from minimind_dpo.training.fitting import check_fits
+from minimind_dpo.training.fitting import check_fits, end_token_ids
 from minimind_dpo.training.recipes import name_recipe
 from minimind_dpo.training.run import Run
 from minimind_dpo.training.settle import DEFAULTS, identity_before, settle, with_former_defaults
@@ -91,7 +89,7 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
         state=state,
         tokenizer=tokenizer,
         stop=stop,
-        end_token_ids=_end_token_ids(policy, tokenizer).to(engine.device),
+        end_token_ids=end_token_ids(policy, tokenizer).to(engine.device),
     )
 
 
@@ -236,13 +234,6 @@ def _tokenize(
         held_out=held_out,
         go_on=go_on,
     )
-
-
-def _end_token_ids(model: PreTrainedModel, tokenizer: Any) -> Tensor:
-    """What ends an answer, by the tokenizer and by the model's settings of generation, ascending."""
-    told = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ids = {tokenizer.eos_token_id, *(told if isinstance(told, list) else [told])}
-    return torch.tensor(sorted(token for token in ids if token is not None), dtype=torch.long)
 
 
 def _positions(order: PairOrder, steps: int) -> Sequence[int]:

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from minimind_dpo.checkpoints.state import read_state
 from minimind_dpo.config import TrainConfig
+from minimind_dpo.config.names import is_raw_weights
 from minimind_dpo.engine.launched import HALF_TYPES
 from minimind_dpo.engine.optimizers import bitsandbytes
 from minimind_dpo.engine.protocol import Engine
-from minimind_dpo.files import is_raw_weights
 from minimind_dpo.models.loading import load_adapted, load_model
 from minimind_dpo.models.places import is_adapter, locate_model
 from minimind_dpo.models.quantization import quantize
