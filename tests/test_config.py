@@ -133,6 +133,8 @@ def test_identity_is_what_checkpoints_hold() -> None:
         "lora_target_modules": ["q_proj"],
         "optim": "adamw",
         "quantization": "none",
+        "eval_split": None,
+        "template_date": "2024-07-26",
     }
 
 

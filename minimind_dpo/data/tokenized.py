@@ -109,6 +109,25 @@ def tokenize_files(
     names = tuple((ours, theirs) for ours, _, theirs in (column.partition("=") for column in columns))
     split = None if eval_split is None else Split(held_out, split_limit(eval_split, files, dict(names)))
     settings = Settings(max_length, completion_mask, on_bad_row, template_date, names, split)
+    dataset, meta = _made_or_found(files, tokenizer, settings, num_proc)
+    data = _named(dataset, meta, files)
+    return data if held_out or all(file.weight == 1 for file in files) else _mixed(data, files)
+
+
+def _named(dataset: Any, meta: dict[str, Any], files: tuple[DataFile, ...]) -> TokenizedData:
+    """A table with the places of its rows; says what became of them."""
+    report = _report(meta, files)
+    if _is_first_rank():
+        logger.log(logging.WARNING if report.dropped else logging.INFO, "%s", report)
+    # The cache keeps numbers; the names are those of the files in use now, which may have moved.
+    dataset = dataset.with_transform(partial(_add_places, tuple(replace(file, dataset=None) for file in files)))
+    return TokenizedData(dataset, dataset.data["tokens"].to_numpy(), meta["digest"], report)
+
+
+def _made_or_found(
+    files: tuple[DataFile, ...], tokenizer: Any, settings: Settings, num_proc: int | None
+) -> tuple[Any, dict[str, Any]]:
+    """The table of the files' pairs and what is noted of it."""
     content = [cache.digest_file(file) for file in files]
     key = cache.key_of([digest.sha256 for digest in content], tokenizer, settings)
     path = cache.entry_path(key)
@@ -119,14 +138,7 @@ def tokenize_files(
             _tokenize_into(writer, files, tokenizer, settings, processes, rows)
         found = cache.open_entry(path)
         assert found is not None
-    dataset, meta = found
-    report = _report(meta, files)
-    if _is_first_rank():
-        logger.log(logging.WARNING if report.dropped else logging.INFO, "%s", report)
-    # The cache keeps numbers; the names are those of the files in use now, which may have moved.
-    dataset = dataset.with_transform(partial(_add_places, tuple(replace(file, dataset=None) for file in files)))
-    data = TokenizedData(dataset, dataset.data["tokens"].to_numpy(), meta["digest"], report)
-    return data if held_out or all(file.weight == 1 for file in files) else _mixed(data, files)
+    return found
 
 
 def _mixed(data: TokenizedData, files: tuple[DataFile, ...]) -> TokenizedData:
