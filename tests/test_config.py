@@ -169,6 +169,8 @@ def test_identity_is_what_checkpoints_hold() -> None:
     """The keys and values that former versions wrote: their checkpoints must resume."""
     config = make_config({"model_name_or_path": "m", "train_data": "a", "lora_r": 4, "lora_target_modules": "q_proj"})
     now = identity(config)
+    absent_then = {name: now.pop(name) for name in ("dropout", "use_dora", "use_rslora")}
+    assert absent_then == {"dropout": 0.0, "use_dora": False, "use_rslora": False}
     decided_later = {name: now.pop(name) for name in ("matmul", "weight_rounding")}
     assert decided_later == {"matmul": "auto", "weight_rounding": "auto"}
     assert (
@@ -191,6 +193,8 @@ def test_identity_is_what_checkpoints_hold() -> None:
         "lora_target_modules": ["q_proj"],
         "optim": "adamw",
         "quantization": "none",
+        "eval_split": None,
+        "template_date": "2024-07-26",
     }
 
 

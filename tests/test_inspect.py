@@ -20,7 +20,8 @@ def files(tmp_path: Path) -> list[str]:
     rows = [row("a", "b", "question", chosen="hello there", rejected="hello you"), "", b"{broken",
             row("same", chosen="x", rejected="x")]  # fmt: skip
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    return ["--data", write_jsonl(tmp_path / "f.jsonl", rows), "--tokenizer", str(tmp_path / "tokenizer")]
+    return ["--data", write_jsonl(tmp_path / "f.jsonl", rows), "--tokenizer", str(tmp_path / "tokenizer"),
+            "--completion_mask", "all_assistant"]  # fmt: skip
 
 
 def shown(capsys: pytest.CaptureFixture[str], argv: list[str]) -> Any:

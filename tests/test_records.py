@@ -365,8 +365,8 @@ def test_parquet_of_json_text(tmp_path: Path) -> None:
 def test_parts_of_a_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def load_dataset(name: str, **given: str) -> Any:
-        asked.append((name, given))
+    def load_dataset(path: str, **given: str) -> Any:
+        asked.append((path, given))
         return datasets.Dataset.from_list(ROWS[:1])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)

@@ -54,7 +54,7 @@ def _find(name: str) -> list[DataFile]:
     if colon and Path(folder).expanduser().is_dir():
         return _directory(Path(folder).expanduser(), split)
     hub_id = _HUB_ID.fullmatch(name)
-    if looks_local(name) or path.suffix in (*SUFFIXES, PACKED) or not hub_id:
+    if not hub_id or looks_local(hub_id["id"]) or path.suffix in (*SUFFIXES, PACKED):
         raise UserError(
             f"{name}: no such file or directory (looked from {Path.cwd()}); data is {_ACCEPTED}, a directory "
             "saved by datasets, or a hub id owner/name[/config][@revision][:split]"

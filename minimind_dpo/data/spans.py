@@ -227,7 +227,8 @@ def _mark_call(call: Any, mark: str) -> Any:
         return call
     if isinstance(call.get("function"), dict):
         return call | {"function": _mark_call(call["function"], mark)}
-    return call | {"name": mark, "arguments": {}}
+    empty = "{}" if isinstance(call.get("arguments"), str) else {}  # some templates take text, some objects
+    return call | {"name": mark, "arguments": empty}
 
 
 def _unused(letter: str, text: str) -> str:
