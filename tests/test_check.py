@@ -75,7 +75,7 @@ def check(tokenizer: str, capsys: pytest.CaptureFixture[str]) -> Any:
     """Runs the command with `--json`; exit code and object."""
 
     def run(*data: str, **flags: Any) -> tuple[int, Any]:
-        given = {"tokenizer": tokenizer, "max_length": LENGTH} | flags
+        given = {"tokenizer": tokenizer, "max_length": LENGTH, "completion_mask": "all_assistant"} | flags
         words = [word for flag, value in given.items() for word in (f"--{flag}", str(value))]
         code = cli(["data", "check", "--data", *data, *words, "--json"])
         return code, json.loads(capsys.readouterr().out)
