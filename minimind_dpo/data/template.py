@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from minimind_dpo.errors import UserError
 
@@ -63,6 +62,9 @@ class SafeTemplate:
             ) from None
 
     def _compile(self, source: str) -> jinja2.Template:
+        # late: it takes seconds, which --help need not wait for
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
         # transformers' own sandbox, filters and tags, of an empty template since compiling computes what is constant;
         # what is replaced below is replaced in this copy only
         environment = _compile_jinja_template("").environment.overlay()
