@@ -1,0 +1,115 @@
+"""Runs that something happens to, and the oracle that says whether they end as ones that were left alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from helpers_run import REPOSITORY, Inputs
+
+from minimind_dpo.checkpoints.files import FragmentReader
+
+PROGRAM = REPOSITORY / "tests" / "programs" / "forked_runs.py"
+STATES = ("weight", "exp_avg", "exp_avg_sq")
+OPTIONS: dict[str, Any] = {
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "save_steps": 1,
+    "eval_steps": 2,
+    "reference": "cache",
+    "ddp_timeout": 60,
+}
+DEEPSPEED = {"ds_zero2_cpu": "zero2_cpu", "ds_zero3_cpu": "zero3_cpu"}
+
+
+@dataclass(frozen=True)
+class Bomb:
+    """A signal to one rank's process at the nth call of a function of the package, before or after it."""
+
+    module: str
+    name: str
+    nth: int = 1
+    when: str = "before"
+    rank: int = 0
+    signal: int = int(signal.SIGKILL)
+
+    def __str__(self) -> str:
+        return f"{self.when} {self.module}.{self.name} {self.nth}"
+
+    def told(self) -> dict[str, Any]:
+        """As the program reads it."""
+        return self.__dict__ | {"module": f"minimind_dpo.{self.module}"}
+
+
+class Forks:
+    """The program that forks runs; one process serves many."""
+
+    def __init__(self) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
+        self._process = subprocess.Popen(
+            [sys.executable, str(PROGRAM)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def run(self, flags: list[str], directory: Path, engine: str | None = None, bomb: Bomb | None = None) -> list[int]:
+        """Exit codes of a run's ranks: one, or two under `engine`. What they print goes to `directory`/log."""
+        environment = {"MINIMIND_DPO_CACHE": str(directory / "cache")}
+        if engine is not None:
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        if engine in DEEPSPEED:
+            file = REPOSITORY / "configs" / "deepspeed" / f"{DEEPSPEED[engine]}.json"
+            environment |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+        job = {
+            "flags": flags,
+            "ranks": 1 if engine is None else 2,
+            "environment": environment,
+            "log": str(directory / "log"),
+            "pairs": str(directory / "pairs"),
+            "bomb": None if bomb is None else bomb.told(),
+        }
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        """End the program."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def flags_of(inputs: Inputs, directory: Path, **options: Any) -> list[str]:
+    """Of a run in `directory`/run: 12 optimizer steps of 4 pairs on one process, 6 of 8 on two."""
+    return inputs.flags(directory / "run", eval_data=inputs.eval_data, **(OPTIONS | options))
+
+
+def oracle(directory: Path) -> str:
+    """sha256 over the final weights, weights and optimizer states of the last checkpoint, and every step's pairs."""
+    digest = hashlib.sha256((directory / "run" / "model" / "model.safetensors").read_bytes())
+    last = max((directory / "run" / "checkpoints").glob("step-*"))
+    reader = FragmentReader(last)
+    for name in sorted(reader.shapes):
+        for kind in STATES:
+            size = 1
+            for length in reader.shapes[name]:
+                size *= length
+            digest.update(f"{last.name} {name} {kind}".encode() + reader.read(kind, name, 0, size).numpy().tobytes())
+    for path in sorted(directory.glob("pairs-*")):
+        steps = dict(json.loads(line) for line in path.read_text("utf-8").splitlines() if line.endswith("]"))
+        digest.update(json.dumps([path.name, sorted(steps.items())]).encode())
+    return digest.hexdigest()

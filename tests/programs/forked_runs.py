@@ -1,0 +1,110 @@
+"""Runs of the training command in forked processes, so that none pays for imports; one job a line of standard input.
+
+A job: `flags`; `ranks` and `environment` of each; `log`, a file for what they print; `pairs`, where each rank writes
+which pairs every optimizer step took; `bomb`, if something shall happen amid the run: {"module", "name", "nth", "when":
+"before" or "after", "rank", "signal"} sends a signal to that rank's process at the nth call of a function. Answered is
+a line with the ranks' exit codes. As under a launcher, ranks are killed once another one has failed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+import traceback
+from functools import partial
+from typing import Any, NoReturn
+
+import deepspeed  # noqa: F401  # a fork has it then
+import torch
+
+import minimind_dpo.training.loop as loop
+import minimind_dpo.training.run_directory
+import minimind_dpo.training.session
+import minimind_dpo.training.setup  # noqa: F401
+from minimind_dpo.config import load_config
+from minimind_dpo.ending import Ending
+from minimind_dpo.train import run
+
+
+def set_bomb(bomb: dict[str, Any]) -> None:
+    """Make the nth call of a function send this process a signal."""
+    module = importlib.import_module(bomb["module"])
+    honest, calls = getattr(module, bomb["name"]), 0
+
+    def exploding(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == bomb["nth"] and bomb["when"] == "before":
+            os.kill(os.getpid(), bomb["signal"])
+        result = honest(*args, **kwargs)
+        if calls == bomb["nth"] and bomb["when"] == "after":
+            os.kill(os.getpid(), bomb["signal"])
+        return result
+
+    setattr(module, bomb["name"], exploding)
+
+
+def record_pairs(path: str) -> None:
+    """Write which pairs each optimizer step takes, in order."""
+    honest = loop.optimizer_step
+
+    def recording(training: Any, loaded: Any, *rest: Any) -> Any:
+        taken = [batch.pairs.tolist() if hasattr(batch.pairs, "tolist") else list(batch.pairs)
+                 for batch in loaded.plan.micro_batches]  # fmt: skip
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps([loaded.plan.step, taken]) + "\n")
+        return honest(training, loaded, *rest)
+
+    loop.optimizer_step = recording
+
+
+def work(job: dict[str, Any], rank: int) -> NoReturn:
+    """One rank of a run."""
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(job["environment"])
+    if job["ranks"] > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]))
+        os.environ.update(LOCAL_WORLD_SIZE=str(job["ranks"]))
+    torch.set_num_threads(1)
+    code = 1
+    try:
+        record_pairs(f"{job['pairs']}-{rank}")
+        if job.get("bomb") and job["bomb"]["rank"] == rank:
+            set_bomb(job["bomb"])
+        with Ending() as ending:
+            ending.code = run(load_config(job["flags"]), ends_process=True)
+        code = ending.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def run_job(job: dict[str, Any]) -> list[int]:
+    """Fork the ranks and wait for all; their exit codes, negative for a signal."""
+    ranks: dict[int, int] = {}
+    for rank in range(job["ranks"]):
+        if (pid := os.fork()) == 0:
+            work(job, rank)
+        ranks[pid] = rank
+    codes = [0] * job["ranks"]
+    while ranks:
+        pid, status = os.wait()
+        rank = ranks.pop(pid)
+        codes[rank] = os.waitstatus_to_exitcode(status)
+        if codes[rank] not in (0, 75):
+            for other in ranks:
+                os.kill(other, signal.SIGKILL)
+    return codes
+
+
+answer = partial(print, file=os.fdopen(os.dup(1), "w"), flush=True)
+for line in sys.stdin:
+    answer(json.dumps(run_job(json.loads(line))))
