@@ -22,7 +22,7 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 faults: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults --numprocesses 2 tests/faults
+	FAULTS_TABLE=docs/reliability.md OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" --numprocesses 2 --dist loadgroup tests/faults
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -110,6 +110,7 @@ def measure_once(way: str, file: str, scratch: str, name: str) -> None:
     tokenizer(["warm"])
     before, spent = peak(), cpu_seconds()
     flags = ["--data", file, "--eval_data", f"{scratch}/held.jsonl", "--tokenizer", name, "--json"]
+    flags += ["--completion_mask", "all_assistant"]
     ways = {
         "check": lambda: run_check([*flags, "--max_length", str(_MAX_LENGTH), "--ledger", f"{scratch}/ledger.jsonl"]),
         "tokenize": lambda: tokenize_files(

@@ -221,6 +221,7 @@ def test_what_is_planted_is_what_data_check_finds(tmp_path: Path, capsys: pytest
     path.write_text("".join(f"{line}\n" for line in checking.lines(100, tokenizer)), "utf-8")
     planted = checking.plant(path, held, 3, tokenizer.bos_token)
     argv = ["--data", str(path), "--eval_data", str(held), "--tokenizer", str(checking.DEMO_TOKENIZER), "--json"]
+    argv += ["--completion_mask", "all_assistant"]
     assert run_check([*argv, "--max_length", "2048", "--ledger", str(ledger)]) == 1
     assert checking.verdict(ledger, planted) == "30 planted, 0 missed, 0 false"
     planted["double_bos"] = {"elsewhere"}

@@ -37,3 +37,16 @@ def gathered(parameters: Iterable[Tensor], modify: bool = False) -> Iterator[Non
 
     with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if modify else None):
         yield
+
+
+@contextmanager
+def undivided() -> Iterator[None]:
+    """Around loading a model on this rank alone: beside a stage 3 policy transformers would divide it among all."""
+    from transformers.integrations import deepspeed as settings  # late: transformers takes seconds
+
+    kept = settings._hf_deepspeed_config_weak_ref
+    settings.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        settings._hf_deepspeed_config_weak_ref = kept

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from minimind_dpo.engine.sharding import undivided
 from minimind_dpo.errors import TrainingError
 from minimind_dpo.models.loading import load_model
 
@@ -72,7 +73,9 @@ def check_written(path: Path, expected: Probe, **options: Any) -> None:
     Raises:
         TrainingError: it says something else.
     """
-    if problem := difference(probe(load_model(path, **options)).logps, expected):
+    with undivided():
+        written = load_model(path, **options)
+    if problem := difference(probe(written).logps, expected):
         raise TrainingError(
             f"{path.name}: what was written does not compute what it was written of ({problem}); it is not kept. "
             "Checkpoints, and with LoRA adapter/, hold what was trained. Please report this."

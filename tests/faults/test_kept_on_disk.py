@@ -108,14 +108,14 @@ KINDS = ("zeros", "cut", "other", "json", "gone")
 def test_damage_is_noticed_and_made_good(
     left: Left, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, seed: int
 ) -> None:
-    """Everything can be made again or has an older version, so not even a mistake is told: the bits are the same."""
+    """Damage to any file on disk is made good: all can be made again or has an older version, the bits are the same."""
     assert tried(left, tmp_path / "copy", kind, seed, monkeypatch) == "same bits"
 
 
 def test_every_file_of_a_saved_model_is_compared(
     inputs: Inputs, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A flipped bit in the weights is refused, in any other file told."""
+    """A flipped bit in a saved model's weights is refused, in any other file told."""
     assert train_here(inputs.flags(tmp_path / "run", max_steps=1)) == 0
     model, rng = tmp_path / "run" / "model", random.Random(0)
     for path in sorted(model.iterdir()):

@@ -78,6 +78,7 @@ def cases(bombs: list[Bomb], engine: str | None, quick: list[Bomb]) -> list[obje
 def test_a_kill_changes_nothing(
     forks: Forks, undisturbed: dict[str | None, str], inputs: Inputs, tmp_path: Path, engine: str | None, bomb: Bomb
 ) -> None:
+    """A kill at a chosen place: each step, amid a step, in an evaluation, in each phase of each write."""
     expected = left_alone(undisturbed, forks, inputs, tmp_path, engine)
     codes = forks.run(flags_of(inputs, tmp_path), tmp_path, engine, bomb)
     assert -signal.SIGKILL in codes, f"{bomb} never came: {(tmp_path / 'log').read_text('utf-8')}"
@@ -91,7 +92,7 @@ def test_a_kill_changes_nothing(
 def test_random_kills_change_nothing(
     forks: Forks, undisturbed: dict[str | None, str], inputs: Inputs, tmp_path: Path, engine: str | None, seed: int
 ) -> None:
-    """Up to three in one run, of either rank."""
+    """Up to three kills at random places in one run, of either rank."""
     expected = left_alone(undisturbed, forks, inputs, tmp_path, engine)
     rng = random.Random(f"{engine} {seed}")
     for _ in range(3):
@@ -126,7 +127,7 @@ SIGNALLED = [
 def test_a_signal_changes_nothing(
     forks: Forks, undisturbed: dict[str | None, str], inputs: Inputs, tmp_path: Path, engine: str | None, bomb: Bomb
 ) -> None:
-    """Every rank ends with 75 (an evaluation of few pairs, and the last write, are done first: 0)."""
+    """A signal in each phase: every rank ends with 75, and the run goes on."""
     expected = left_alone(undisturbed, forks, inputs, tmp_path, engine)
     codes = forks.run(flags_of(inputs, tmp_path), tmp_path, engine, bomb)
     assert set(codes) == {75}, (tmp_path / "log").read_text("utf-8")
