@@ -73,7 +73,7 @@ def _precompute(config: TrainConfig, session: Session) -> None:
     layout = choose_layout(unwrap(scorer), config.attn_implementation, engine.device, engine.autocast, decide)
     cache = make_cache(config, engine, digest, layout)
     begin = time.perf_counter()
-    scored = fill_cache(engine, cache, scorer, layout, needed, session.stop.__bool__)
+    scored = fill_cache(engine, cache, scorer, layout, needed, session.stop.signalled)
     seconds = time.perf_counter() - begin
     engine.release(scorer)
     if engine.is_main:

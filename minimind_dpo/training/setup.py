@@ -69,7 +69,7 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
     optimizer = make_optimizer(trained, config.learning_rate, config.weight_decay, config.optim)
     prepared, optimizer = engine.prepare(scorer, optimizer, config.weight_rounding)
     layout = choose_layout(unwrap(prepared), config.attn_implementation, engine.device, engine.autocast, decide)
-    reference = make_reference(config, engine, loaded, unwrap(prepared), layout, data.needed(), stop.__bool__)
+    reference = make_reference(config, engine, loaded, unwrap(prepared), layout, data.needed(), stop.signalled)
     stop_together(engine, stop.signalled, "before the first step")
     if checkpoint is not None:  # last: up to here the policy is its own start, which a cache may be made of
         load_checkpoint(checkpoint, engine)

@@ -38,11 +38,6 @@ def step_count_lost(patched: pytest.MonkeyPatch) -> None:
     patched.setattr(plain, "set_step_count", lambda optimizer, count: None)
 
 
-def rounding_step_lost(patched: pytest.MonkeyPatch) -> None:
-    honest = plain.Plain.restore_scalars
-    patched.setattr(plain.Plain, "restore_scalars", lambda self, scalars: honest(self, scalars | {"steps": 0}))
-
-
 def rate_lost(patched: pytest.MonkeyPatch) -> None:
     """The schedule begins anew where the run goes on, after step 1."""
 
@@ -88,16 +83,6 @@ def test_what_is_lost_shows_in_the_bits(
 ) -> None:
     """A checkpoint that lacks weights, moments, step count, rate or order gives other bits."""
     assert ends_with(inputs, tmp_path, mutate) != undisturbed
-
-
-def test_a_lost_rounding_step_shows_in_the_bits(
-    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    options = {"weight_rounding": "stochastic"}
-    kept = ends_with(inputs, tmp_path / "kept", None, **options)
-    assert kept == ends_with(inputs, tmp_path / "again", None, **options)
-    assert kept != ends_with(inputs, tmp_path / "lost", rounding_step_lost, **options)
 
 
 @pytest.mark.parametrize("lost", ["train_data_digest", "reference_digest", "learning_rate"])
