@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from minimind_dpo.config import COMPLETION_MASKS, TrainConfig, read_columns
+from minimind_dpo.config import read_columns
+from minimind_dpo.data.arguments import data_parser
 from minimind_dpo.data.chat import check_settings, load_tokenizer
 from minimind_dpo.errors import EXIT_DONE, EXIT_FAILED
 
@@ -39,26 +40,12 @@ def run_check(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="minimind-dpo data check",
-        description="Find what is wrong with preference data: rows that training would refuse, leave out or "
+    parser = data_parser(
+        "data check",
+        "Find what is wrong with preference data: rows that training would refuse, leave out or "
         "misunderstand, copies, contradictions and leaks; and how long pairs are. Exit code 1 where there is an error.",
     )
-    parser.add_argument("--data", required=True, nargs="+", help="preference data: file, glob, directory or hub id")
-    parser.add_argument("--columns", nargs="+", default=[], help="whose columns are meant: prompt=question,chosen=good")
-    parser.add_argument("--tokenizer", required=True, help="directory, .gguf file or hub id of the tokenizer")
     parser.add_argument("--eval_data", nargs="+", help="checked as well; no training row may be in it")
-    parser.add_argument(
-        "--max_length", type=int, default=TrainConfig.max_length, help="tokens a side (default %(default)s)"
-    )
-    parser.add_argument(
-        "--completion_mask",
-        choices=COMPLETION_MASKS,
-        default=TrainConfig.completion_mask,
-        help="which tokens count: every assistant turn, or only the answer in which the sides differ "
-        "(default %(default)s)",
-    )
     parser.add_argument("--ledger", metavar="OUT.jsonl", help="write every finding there, a line each")
     parser.add_argument("--num_proc", type=int, help="processes (default: all cores where the data is large)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
-from minimind_dpo.config import COMPLETION_MASKS, TrainConfig, read_columns
+from minimind_dpo.config import read_columns
+from minimind_dpo.data.arguments import data_parser
 from minimind_dpo.data.chat import TokenizedPair, check_settings, cut, load_tokenizer, shared_prefix_length
 from minimind_dpo.data.drops import DroppedRow, encode_whole, find_drop
 from minimind_dpo.data.processes import column_names
@@ -125,23 +126,8 @@ def _index(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="minimind-dpo data inspect",
-        description="Show one preference pair as the model sees it: token ids, completion mask, shared prefix.",
+    parser = data_parser(
+        "data inspect", "Show one preference pair as the model sees it: token ids, completion mask, shared prefix."
     )
-    parser.add_argument("--data", required=True, nargs="+", help="preference data: file, glob, directory or hub id")
-    parser.add_argument("--columns", nargs="+", default=[], help="whose columns are meant: prompt=question,chosen=good")
-    parser.add_argument("--tokenizer", required=True, help="directory, .gguf file or hub id of the tokenizer")
     parser.add_argument("--index", type=_index, default=0, help="which row, from 0 (default 0)")
-    parser.add_argument(
-        "--max_length", type=int, default=TrainConfig.max_length, help="tokens a side (default %(default)s)"
-    )
-    parser.add_argument(
-        "--completion_mask",
-        choices=COMPLETION_MASKS,
-        default=TrainConfig.completion_mask,
-        help="which tokens count: every assistant turn, or only the answer in which the sides differ "
-        "(default %(default)s)",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

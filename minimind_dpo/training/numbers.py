@@ -94,4 +94,4 @@ def _answer(run: Run, step: int, what: str, grad_norm: float) -> None:
 
 def _described(run: Run, pair: dict[str, Any]) -> dict[str, Any]:
     texts = {f"{side}_text": run.tokenizer.decode(pair[f"{side}_input_ids"]) for side in ("chosen", "rejected")}
-    return {"place": pair["place"], "id": pair["id"], "weight": pair["weight"], **texts, **pair}
+    return pair | texts
