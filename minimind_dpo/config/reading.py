@@ -7,7 +7,6 @@ import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -171,8 +170,6 @@ def _to_list(value: Any) -> list[str]:
 
 
 def _to_text(value: Any) -> str:
-    if isinstance(value, date):  # yaml's reading of 2026-11-26
-        return value.isoformat()
     if not isinstance(value, (str, int, float)):
         raise ValueError(f"expected one text value, found {value!r}")
     return _plain(value)
