@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -15,6 +16,12 @@ from minimind_dpo.ending import STOP_SIGNALS
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+LOGGERS = (
+    "minimind_dpo",
+    "accelerate",
+    "bitsandbytes",
+    "torch.distributed.elastic",
+)  # those whose level a command sets
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -34,12 +41,22 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
 
 
 @pytest.fixture(autouse=True)
-def signals_as_before() -> Iterator[None]:
-    """A command that ends its process leaves signals ignored, and what a later test starts would inherit that."""
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+def process_as_before() -> Iterator[None]:
+    """A command that runs in this process leaves signals ignored, and sets levels of loggers and variables.
+
+    A later test, and what it starts, would inherit them and depend on the order of tests.
+    """
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    levels = {name: logging.getLogger(name).level for name in LOGGERS}
+    environment = dict(os.environ)
     yield
-    for number, handler in before.items():
+    for number, handler in handlers.items():
         signal.signal(number, handler)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,16 @@ CORPUS = [
 ]
 
 
-@cache
 def tiny_tokenizer(family: str | None = "minimind2") -> Any:
-    """A byte-level BPE of some hundred tokens with a family's special tokens and chat template; None: no template."""
+    """A byte-level BPE of some hundred tokens with a family's special tokens and chat template; None: no template.
+
+    Each call gives a copy, since tests put other templates on what they are given.
+    """
+    return deepcopy(_trained_tokenizer(family))
+
+
+@cache
+def _trained_tokenizer(family: str | None) -> Any:
     specials, bos, eos = FAMILIES[family or "minimind2"]
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
