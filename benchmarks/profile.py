@@ -40,6 +40,7 @@ from minimind_dpo.models.fast import patch
 from minimind_dpo.models.fast.attention_cpu import CpuPairAttention
 from minimind_dpo.models.fast.head import _TokenLogps
 from minimind_dpo.training import loop
+from minimind_dpo.training import step as stepping_module
 from minimind_dpo.training.batches import LoadedStep
 from minimind_dpo.training.run import Run
 from minimind_dpo.training.run_directory import RunLog
@@ -114,7 +115,7 @@ def watch(run: Run, clock: Stopwatch) -> None:
 
     loading, stepping = loop.load_steps, clock.around("everything else", loop.optimizer_step)
     loop.load_steps, loop.optimizer_step = load, step
-    loop.score_batch = clock.around("loss and metrics", loop.score_batch)
+    stepping_module.score_batch = clock.around("loss and metrics", stepping_module.score_batch)
     run.engine.backward = clock.around("backward: layers", run.engine.backward)  # type: ignore[method-assign]
     run.engine.step = clock.around("clipping and optimizer", run.engine.step)  # type: ignore[method-assign]
     run.reference.per_token_logps = clock.around("reference", run.reference.per_token_logps)  # type: ignore[method-assign]

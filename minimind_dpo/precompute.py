@@ -37,6 +37,8 @@ def run(config: TrainConfig, ends_process: bool = False) -> int:
             f"reference: a run with {config.reference} reads no cache, so there is nothing to compute "
             "beforehand; set it to cache, here and in train"
         )
+    if not config.needs_reference:
+        raise UserError(f"loss_type: {', '.join(config.loss_type)} reads no reference, so there is nothing to compute")
     from minimind_dpo.training.session import Session  # late: see `_precompute`
 
     session = Session(config, ends_process)
@@ -55,9 +57,9 @@ def _precompute(config: TrainConfig, session: Session) -> None:
     from minimind_dpo.reference.choosing import make_cache, weight_rounding
     from minimind_dpo.reference.digest import reference_digest
     from minimind_dpo.reference.filling import fill_cache
+    from minimind_dpo.training.data import load_data, tokenizer_path
     from minimind_dpo.training.fitting import check_fits
     from minimind_dpo.training.settle import settle
-    from minimind_dpo.training.setup import load_data, tokenizer_path
     from minimind_dpo.training.weights import load_reference_start
 
     engine = session.engine

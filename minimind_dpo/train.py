@@ -8,11 +8,10 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from minimind_dpo.config import TrainConfig, load_config, make_config
+from minimind_dpo.config import TrainConfig, as_told, load_config, make_config
 from minimind_dpo.ending import Ending
 from minimind_dpo.errors import EXIT_DONE, EXIT_STOPPED, StoppedEarly
 
@@ -33,7 +32,7 @@ def train_dpo(config: TrainConfig) -> dict[str, Any]:
         StoppedEarly: a signal stopped it with a checkpoint written; the same call continues there.
         SystemExit: this or another of several ranks failed; the first one has said why.
     """
-    code = run(make_config(asdict(config)))
+    code = run(make_config(as_told(config)))
     if code == EXIT_STOPPED:
         raise StoppedEarly(f"with a checkpoint in {config.output_dir}; the same call continues there")
     if code != EXIT_DONE:

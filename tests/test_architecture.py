@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,7 +14,7 @@ import pytest
 from helpers_run import Inputs
 
 from minimind_dpo.cli import main as cli
-from minimind_dpo.objective.losses import LOSSES, Loss, sigmoid_loss
+from minimind_dpo.losses import LOSSES
 
 PACKAGE = Path(__file__).resolve().parent.parent / "minimind_dpo"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
@@ -24,6 +25,8 @@ ROOMS = [
     "errors",
     "files",
     "ending",
+    "bounds",
+    "losses",
     "config",
     "engine",
     "checkpoints",
@@ -124,11 +127,14 @@ def test_the_way_from_the_console_to_the_loss_is_short(inputs: Inputs, tmp_path:
     """The package's own frames, from `minimind-dpo train` down to the function of a loss."""
     frames: list[list[str]] = []
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
+    honest = LOSSES["sigmoid"]
+
+    def watched(**inputs: Any) -> Any:
         stack = [frame for frame in inspect.stack() if Path(frame.filename).is_relative_to(PACKAGE)]
         frames.append([frame.function for frame in stack])
-        return sigmoid_loss(*args, **kwargs)
+        return honest.function(**inputs)
 
-    with mock.patch.dict(LOSSES, sigmoid=Loss(watched)):
+    with mock.patch.dict(LOSSES, sigmoid=replace(honest, function=watched)):
         assert cli(["train", *inputs.flags(tmp_path, max_steps=1)]) == 0
-    assert frames[0][::-1] == ["main", "main", "run", "train", "optimizer_step", "score_batch", "dpo_losses"]
+    way = ["main", "main", "run", "train", "optimizer_step", "_go_back_apart", "score_batch", "dpo_losses"]
+    assert frames[0][::-1] == way

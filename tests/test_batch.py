@@ -15,7 +15,7 @@ from minimind_dpo.data.batch import PairBatch, PairSegment, pack_pairs, pad_pair
 from minimind_dpo.models.fast import head
 from minimind_dpo.models.router import router_aux_loss, router_settings
 from minimind_dpo.objective.layout import PACKED, PLAIN, choose_layout
-from minimind_dpo.objective.losses import dpo_losses
+from minimind_dpo.objective.preference import PairLogps, Preference, dpo_losses
 from minimind_dpo.objective.scoring import PairScorer, PairScores
 from minimind_dpo.objective.sums import sum_per_side
 
@@ -96,14 +96,9 @@ def _score(kind: str, rows: list[dict[str, Any]], layout: Any, fast: bool) -> tu
     with torch.no_grad():
         ref_logps = sum_per_side(score(ref_model.eval()).per_token_logps, batch)
     policy_logps = sum_per_side(scores.per_token_logps, batch)
-    losses = dpo_losses(
-        *policy_logps,
-        *ref_logps,
-        chosen_tokens=batch.chosen_tokens,
-        rejected_tokens=batch.rejected_tokens,
-        loss_type="sigmoid_norm",
-        beta=0.5,
-    )
+    tokens = batch.chosen_tokens, batch.rejected_tokens
+    pairs = PairLogps(*policy_logps, *ref_logps, -policy_logps[0], *tokens, batch.margins, batch.weights)
+    losses = dpo_losses(pairs, Preference({"sigmoid_norm": 1.0}, beta=0.5)).total
     (losses + scores.aux_losses).mean().backward()
     gradients = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
     logps = torch.stack([*policy_logps, *ref_logps])  # what the rewards are differences of

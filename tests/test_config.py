@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from minimind_dpo.config import TrainConfig, identity, load_config, make_config, save_config
+from minimind_dpo.config import TrainConfig, as_told, identity, load_config, make_config, save_config
 from minimind_dpo.engine import trackers
 from minimind_dpo.errors import UserError
 from minimind_dpo.training.settle import identity_before
@@ -25,7 +25,7 @@ def test_command_line_wins_over_yaml(tmp_path: Path) -> None:
 
 def test_defaults_are_trls_with_a_cosine() -> None:
     config = load_config(REQUIRED)
-    assert (config.loss_type, config.beta, config.learning_rate, config.max_length) == ("sigmoid", 0.1, 1e-6, 1024)
+    assert (config.loss_type, config.beta, config.learning_rate, config.max_length) == (["sigmoid"], 0.1, 1e-6, 1024)
     assert (config.per_device_train_batch_size, config.max_grad_norm, config.weight_decay) == (4, 1.0, 0.01)
     assert (config.lr_scheduler_type, config.warmup_ratio, config.completion_mask, config.num_train_epochs) == (
         "cosine",
@@ -156,21 +156,30 @@ def test_every_setting_says_whether_a_resume_may_change_it() -> None:
 
 
 def test_every_number_has_bounds() -> None:
-    numbers = [setting for setting in fields(TrainConfig) if "int" in str(setting.type) or "float" in str(setting.type)]
+    numbers = [setting for setting in fields(TrainConfig) if str(setting.type).startswith(("int", "float"))]
     assert [setting.name for setting in numbers if setting.metadata["bounds"] is None] == []
 
 
 def test_defaults_keep_their_own_bounds() -> None:
     config = make_config({"model_name_or_path": "m", "train_data": "a"})
-    assert make_config(asdict(config)) == config
+    assert make_config(as_told(config)) == config
 
 
 def test_identity_is_what_checkpoints_hold() -> None:
     """The keys and values that former versions wrote: their checkpoints must resume."""
     config = make_config({"model_name_or_path": "m", "train_data": "a", "lora_r": 4, "lora_target_modules": "q_proj"})
     now = identity(config)
-    absent_then = {name: now.pop(name) for name in ("dropout", "use_dora", "use_rslora")}
-    assert absent_then == {"dropout": 0.0, "use_dora": False, "use_rslora": False}
+    absent_then = {
+        "dropout": 0.0,
+        "use_dora": False,
+        "use_rslora": False,
+        "loss_weights": [],
+        "f_divergence_type": "reverse_kl",
+        "f_alpha_divergence_coef": 0.5,
+        "ld_alpha": None,
+        "use_weighting": False,
+    }
+    assert {name: now.pop(name) for name in absent_then} == absent_then
     decided_later = {name: now.pop(name) for name in ("matmul", "weight_rounding")}
     assert decided_later == {"matmul": "auto", "weight_rounding": "auto"}
     assert (

@@ -77,4 +77,4 @@ def test_raw_weights_without_a_recipe_are_told_which(
     with caplog.at_level(logging.INFO, "minimind_dpo"):
         train_here(flags)
     assert ("configs/dpo/minimind2_small.yaml has MiniMind's own settings" in caplog.text) is named
-    assert load_config(flags).loss_type == "sigmoid"
+    assert load_config(flags).loss_type == ["sigmoid"]

@@ -7,7 +7,7 @@ import io
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +15,8 @@ import pytest
 
 from minimind_dpo.cli import VERBS
 from minimind_dpo.cli import main as cli
-from minimind_dpo.config import LOSS_TYPES, LR_SCHEDULER_TYPES, REFERENCES, TrainConfig, load_config
+from minimind_dpo.config import LR_SCHEDULER_TYPES, REFERENCES, TrainConfig, load_config
+from minimind_dpo.losses import LOSSES, own_settings
 from minimind_dpo.objective.sums import PAIR_METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -170,18 +171,31 @@ def test_every_minimind_flag_is_in_the_readme_table() -> None:
 
 def test_table_of_settings_is_complete() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", _part("## All settings"), flags=re.M))
-    assert rows == {field.name: _shown(field.default) for field in fields(TrainConfig)}
+    defaults = TrainConfig()
+    shown = {field.name: _shown(getattr(defaults, field.name)) for field in fields(TrainConfig)}
+    del shown["loss_settings"]
+    assert rows == shown | {name: _shown(setting.default) for name, setting in own_settings().items()}
 
 
 def _shown(default: object) -> str:
-    if default in (None, "", MISSING):
+    if default in (None, "", []):
         return "none"
+    if isinstance(default, list):
+        return ",".join(default)
     return str(default).lower() if isinstance(default, bool) else str(default)
 
 
-def test_losses_schedules_references_and_metrics_are_documented() -> None:
+def test_every_loss_has_a_section() -> None:
+    text = (ROOT / "docs" / "losses.md").read_text("utf-8")
+    sections = dict(re.findall(r"^### `(\w+)`\n(.*?)(?=^##|\Z)", text, flags=re.M | re.S))
+    assert sections.keys() == LOSSES.keys()
+    for name, loss in LOSSES.items():
+        assert all(f"`{setting}`" in sections[name] for setting in loss.settings), name
+        assert "arXiv:" in sections[name], name
+
+
+def test_schedules_references_and_metrics_are_documented() -> None:
     for heading, names in (
-        ("## The step", LOSS_TYPES),
         ("## Schedules", LR_SCHEDULER_TYPES),
         ("## Reference", REFERENCES),
         ("## Metrics", PAIR_METRICS),

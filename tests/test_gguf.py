@@ -16,7 +16,7 @@ from minimind_dpo.config import TrainConfig, make_config
 from minimind_dpo.data.chat import load_tokenizer
 from minimind_dpo.errors import UserError
 from minimind_dpo.train import run
-from minimind_dpo.training.setup import tokenizer_path
+from minimind_dpo.training.data import tokenizer_path
 
 ROW = {"prompt": "Which animal barks?", "chosen": "Dogs bark.", "rejected": "Who can say."}
 

@@ -7,36 +7,60 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, register_tracker_class
 from helpers_run import Inputs, lines, train_here, train_lines
 from torch import Tensor
 
-from minimind_dpo.config import LOSS_TYPES
+from minimind_dpo import TrainConfig, train_dpo
+from minimind_dpo.bounds import POSITIVE
+from minimind_dpo.config import load_config
 from minimind_dpo.errors import UserError
-from minimind_dpo.objective.losses import LOSSES, Loss, preference_logits, register_loss
+from minimind_dpo.losses import LOSSES, Setting, register_loss
 
 
-def squared_loss(*logps: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """(beta logits - 1)^2."""
-    return (beta * preference_logits(*logps) - 1) ** 2
+def squared_loss(logits: Tensor, beta: float, squared_target: float) -> Tensor:
+    """(beta logits - target)^2."""
+    return (beta * logits - squared_target) ** 2
 
 
 @pytest.fixture
 def squared() -> Iterator[None]:
-    register_loss("squared", Loss(squared_loss))
+    register_loss("squared", squared_target=Setting(1.0, "where beta logits are to be", POSITIVE))(squared_loss)
     yield
     del LOSSES["squared"]
-    LOSS_TYPES.remove("squared")
 
 
-def test_a_loss_from_outside(inputs: Inputs, tmp_path: Path, squared: None) -> None:
-    """At the start the logits are 0, so the loss is 1; then it falls."""
-    assert train_here(inputs.flags(tmp_path, loss_type="squared", learning_rate=1e-3)) == 0
+def test_a_loss_from_outside(inputs: Inputs, tmp_path: Path, squared: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """At the start the logits are 0, so the loss is the target's square; its setting is a flag and kept on a resume."""
+    flags = inputs.flags(tmp_path, loss_type="squared", learning_rate=1e-3, squared_target=2.0, save_steps=1)
+    assert train_here(flags) == 0
     losses = [line["loss"] for line in train_lines(tmp_path)]
-    assert losses[0] == pytest.approx(1, abs=1e-6)
-    assert losses[-1] < 0.999
-    with pytest.raises(ValueError, match="there is a loss called 'squared'"):
-        register_loss("squared", Loss(squared_loss))
+    assert losses[0] == pytest.approx(4, abs=1e-6)
+    assert losses[-1] < 3.999
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["squared_target"] == 2.0
+    with pytest.raises(UserError, match="squared_target: was 2.0, is 1.0"):
+        train_here(inputs.flags(tmp_path, loss_type="squared", learning_rate=1e-3, save_steps=1))
+    with pytest.raises(SystemExit):
+        load_config(["--help"])
+    assert "--squared_target FLOAT" in capsys.readouterr().out
+
+
+def test_a_loss_from_outside_in_python(inputs: Inputs, tmp_path: Path, squared: None) -> None:
+    config = TrainConfig(
+        model_name_or_path=str(inputs.model),
+        train_data=[str(inputs.train_data)],
+        output_dir=str(tmp_path),
+        loss_type=["squared", "sft"],
+        loss_weights=[1.0, 0.5],
+        loss_settings={"squared_target": 3.0},
+        max_steps=1,
+        logging_steps=1,
+    )
+    assert train_dpo(config)["steps"] == 1
+    (line,) = train_lines(tmp_path)
+    assert line["losses/squared"] == pytest.approx(9, abs=1e-5)
+    assert line["loss"] == pytest.approx(9 + 0.5 * line["losses/sft"], abs=1e-5)
 
 
 def test_a_loss_that_nobody_registered(inputs: Inputs, tmp_path: Path) -> None:
@@ -44,13 +68,13 @@ def test_a_loss_that_nobody_registered(inputs: Inputs, tmp_path: Path) -> None:
         train_here(inputs.flags(tmp_path, loss_type="squared"))
 
 
-def test_a_loss_without_smoothing_says_so(inputs: Inputs, tmp_path: Path, squared: None) -> None:
-    with pytest.raises(UserError, match="label_smoothing: has no meaning for loss_type squared"):
-        train_here(inputs.flags(tmp_path, loss_type="squared", label_smoothing=0.1))
-
-
-def test_every_loss_is_a_choice() -> None:
-    assert list(LOSSES) == LOSS_TYPES
+def test_a_setting_of_the_run_is_no_loss_s_own(inputs: Inputs, tmp_path: Path) -> None:
+    register_loss("seeded", seed=Setting(1.0, "taken", POSITIVE))(lambda logits, seed: logits * seed)
+    try:
+        with pytest.raises(ValueError, match="seed"):
+            load_config(inputs.flags(tmp_path))
+    finally:
+        del LOSSES["seeded"]
 
 
 class Notebook(GeneralTracker):

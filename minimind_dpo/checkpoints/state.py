@@ -24,6 +24,7 @@ class TrainerState:
         identity: what must be equal for a resume to continue the same run (`reference_digest`, data, settings).
         tracker_run_id: the tracker's id of the run, to append to it.
         skipped_steps: optimizer steps that changed nothing, since their loss or gradient was not finite.
+        running_logits: the running mean of the steps' mean logits, for losses that look back at it.
         metrics: how many lines of metrics.jsonl were written, and their checksum.
     """
 
@@ -33,6 +34,7 @@ class TrainerState:
     identity: dict[str, Any] = field(default_factory=dict)
     tracker_run_id: str | None = None
     skipped_steps: list[int] = field(default_factory=list)
+    running_logits: float = 0.0
     metrics: list[Any] | None = None  # checkpoints had none once
 
 

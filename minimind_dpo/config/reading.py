@@ -6,22 +6,25 @@ import argparse
 import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, asdict, fields, replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from minimind_dpo.config.data import data_problems, to_columns, to_sources
-from minimind_dpo.config.settings import LOSS_TYPES, SMOOTHED_LOSS_TYPES, TrainConfig
+from minimind_dpo.config.losses import loss_problems, to_weights, with_loss_settings
+from minimind_dpo.config.settings import TrainConfig, as_told
+from minimind_dpo.config.text import TextLoader
 from minimind_dpo.config.weights import weight_problems
 from minimind_dpo.errors import UserError
 from minimind_dpo.files import write_text
+from minimind_dpo.losses import own_settings
 
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")  # yaml's words
 _WITHOUT_WARMUP = ("minimind", "constant")  # schedules
 _WARMUP_RATIO = 0.1  # of the others
-_SETTINGS = {setting.name: setting for setting in fields(TrainConfig)}
+_SETTINGS = {setting.name: setting for setting in fields(TrainConfig) if setting.name != "loss_settings"}
 
 
 def load_config(argv: Sequence[str], verb: str = "train") -> TrainConfig:
@@ -54,12 +57,16 @@ def make_config(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Trai
     """
     problems = list(problems)
     converted: dict[str, Any] = {}
+    own: dict[str, float] = {}
     for name, value in values.items():
         try:
-            converted[name] = _convert(name, value)
+            if name in own_settings():
+                own[name] = _to_number(value)
+            else:
+                converted[name] = _convert(name, value)
         except ValueError as error:
             problems.append(f"{name}: {error}")
-    config = _resolve(TrainConfig(**converted))
+    config = _resolve(TrainConfig(**converted, loss_settings=own))
     problems += _check(config, skip={problem.split(":")[0] for problem in problems})
     if problems:
         raise UserError("the configuration has problems:\n  " + "\n  ".join(problems))
@@ -72,12 +79,12 @@ def _resolve(config: TrainConfig) -> TrainConfig:
     if warmup is None:
         warmup = 0.0 if config.lr_scheduler_type in _WITHOUT_WARMUP else _WARMUP_RATIO
     paths = {name: os.path.expanduser(getattr(config, name)) for name in ("output_dir", "resume")}
-    return replace(config, warmup_ratio=warmup, **paths)
+    return with_loss_settings(replace(config, warmup_ratio=warmup, **paths))
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
     """Write the resolved configuration as yaml; reading it back gives the same configuration."""
-    write_text(path, yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+    write_text(path, yaml.safe_dump(as_told(config), sort_keys=False, allow_unicode=True))
 
 
 def _parser(verb: str) -> argparse.ArgumentParser:
@@ -99,6 +106,11 @@ def _parser(verb: str) -> argparse.ArgumentParser:
             metavar=_kind(name).upper(),
             help=(setting.metadata["help"] + default).replace("%", "%%"),
         )
+    if taken := own_settings().keys() & _SETTINGS.keys():
+        raise ValueError(f"a loss has a setting with a name that is taken: {', '.join(sorted(taken))}")
+    group = parser.add_argument_group("settings of one loss each")
+    for name, own in own_settings().items():
+        group.add_argument(f"--{name}", nargs=1, metavar="FLOAT", help=f"{own.help} (default: {own.default})")
     return parser
 
 
@@ -106,25 +118,9 @@ def _plain(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-class _TextLoader(yaml.BaseLoader):
-    """Reads every scalar as the text that stands there: the settings know their types, so 007 and 2026-11-26 stay."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping whose keys differ.
-
-        Raises:
-            YAMLError: a key is there twice.
-        """
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for (key, _), name in zip(node.value, keys, strict=True):
-            if keys.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{name} is there twice", key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def _read_yaml(path: str, problems: list[str]) -> dict[str, Any]:
     try:
-        loaded = yaml.load(Path(path).expanduser().read_text("utf-8"), _TextLoader)
+        loaded = yaml.load(Path(path).expanduser().read_text("utf-8"), TextLoader)
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -133,16 +129,19 @@ def _read_yaml(path: str, problems: list[str]) -> dict[str, Any]:
         return {}
     if not isinstance(loaded, dict):
         raise UserError(f"--config {path}: expected 'key: value' lines, found a {type(loaded).__name__}")
-    problems += [f"{path}: {key}: {_nearest(str(key))}" for key in loaded if key not in _SETTINGS]
-    return {key: value for key, value in loaded.items() if key in _SETTINGS}
+    known = {*_SETTINGS, *own_settings()}
+    problems += [f"{path}: {key}: {_nearest(str(key))}" for key in loaded if key not in known]
+    return {key: value for key, value in loaded.items() if key in known}
 
 
 def _nearest(name: str) -> str:
-    close = difflib.get_close_matches(name, _SETTINGS, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, [*_SETTINGS, *own_settings()], n=1, cutoff=0.5)
     return "unknown key" + (f"; did you mean {close[0]}?" if close else "; see minimind-dpo train --help")
 
 
 def _kind(name: str) -> str:
+    if name not in _SETTINGS:
+        return "float"  # of a loss's own
     annotation = str(_SETTINGS[name].type).removesuffix(" | None")
     return "list" if annotation.startswith("list") else annotation
 
@@ -207,7 +206,11 @@ _CONVERSIONS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-_OWN_CONVERSIONS: dict[str, Callable[[Any], Any]] = {"columns": to_columns, "train_data": to_sources}
+_OWN_CONVERSIONS: dict[str, Callable[[Any], Any]] = {
+    "columns": to_columns,
+    "train_data": to_sources,
+    "loss_weights": to_weights,
+}
 
 
 def _check(config: TrainConfig, skip: set[str]) -> list[str]:
@@ -221,13 +224,9 @@ def _check(config: TrainConfig, skip: set[str]) -> list[str]:
         bounds, choices = _SETTINGS[name].metadata["bounds"], _SETTINGS[name].metadata["choices"]
         if bounds is not None and value is not None and not bounds.holds(value):
             problems.append(f"{name}: must be {bounds.says}, is {value}")
-        if choices and value not in choices:
-            problems.append(f"{name}: {value!r} is none of {', '.join(choices)}")
-    if config.label_smoothing and config.loss_type in set(LOSS_TYPES) - set(SMOOTHED_LOSS_TYPES):
-        problems.append(
-            f"label_smoothing: has no meaning for loss_type {config.loss_type}; "
-            f"use one of {', '.join(SMOOTHED_LOSS_TYPES)} or remove it"
-        )
+        for item in (value if isinstance(value, list) else [value]) if choices else ():
+            if item not in choices:
+                problems.append(f"{name}: {item!r} is none of {', '.join(choices)}")
     if config.reference == "adapter" and config.lora_r is None and "lora_r" not in skip:
         problems.append("reference: adapter is the policy without its LoRA matrices; set lora_r too")
     if config.reference == "adapter" and config.ref_model_name_or_path is not None:
@@ -237,6 +236,7 @@ def _check(config: TrainConfig, skip: set[str]) -> list[str]:
     if config.lr_scheduler_type == "minimind" and config.warmup_ratio:
         problems.append("warmup_ratio: lr_scheduler_type minimind has no warmup; use cosine_with_min_lr")
     problems += data_problems(config, skip)
+    problems += [problem for problem in loss_problems(config) if problem.split(":")[0] not in skip]
     if not skip & {"lora_r", "reference", "ref_model_name_or_path"}:
         problems += weight_problems(config)
     return problems

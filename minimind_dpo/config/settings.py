@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
-from math import inf
-from typing import Any, NamedTuple
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from minimind_dpo.bounds import DROPOUT, FINITE, MINORITY, NOT_NEGATIVE, POSITIVE, SHARE, STEPS, Bounds
+from minimind_dpo.losses import LOSSES
 
 COMPLETION_MASKS = ("all_assistant", "final_turn")
 # Today's date for chat templates that write one: the same data must not differ from day to day.
 TEMPLATE_DATE = "2024-07-26"
 BAD_ROW_POLICIES = ("auto", "fail", "drop")
-# Lists, since `objective/losses.py` adds what is registered from outside of the package.
-LOSS_TYPES = ["sigmoid", "sigmoid_norm", "robust", "hinge", "ipo"]
-SMOOTHED_LOSS_TYPES = ["sigmoid", "sigmoid_norm", "robust"]
 REFERENCES = ("auto", "live", "offload", "cache", "adapter")
 LR_SCHEDULER_TYPES = ("minimind", "cosine", "cosine_with_min_lr", "linear", "constant", "constant_with_warmup")
 WEIGHT_ROUNDINGS = ("auto", "dithered", "stochastic", "nearest")
@@ -23,28 +22,14 @@ ON_NONFINITE = ("stop", "skip")
 QUANTIZATIONS = ("none", "nf4")
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor")  # transformers' names where it has them
 FROZEN_DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-class Bounds(NamedTuple):
-    """What a number may be: `says` ends the sentence "must be ..."; `holds` is true of an allowed number."""
-
-    says: str
-    holds: Callable[[float], bool]
-
-
-POSITIVE = Bounds("positive", lambda number: 0 < number < inf)
-NOT_NEGATIVE = Bounds("0 or more", lambda number: 0 <= number < inf)
-SHARE = Bounds("in [0, 1]", lambda number: 0 <= number <= 1)
-DROPOUT = Bounds("in [0, 1)", lambda number: 0 <= number < 1)
-STEPS = Bounds("positive, or -1", lambda number: number == -1 or 0 < number < inf)
-MINORITY = Bounds("in [0, 0.5)", lambda number: 0 <= number < 0.5)
+F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")  # TRL's names
 
 
 def _setting(
-    default: Any, help: str, identity: bool, *, bounds: Bounds | None = None, choices: Sequence[str] = ()
+    default: Any, help: str, identity: bool, *, bounds: Bounds | None = None, choices: Collection[str] = ()
 ) -> Any:
     metadata = {"help": help, "identity": identity, "bounds": bounds, "choices": choices}
-    if isinstance(default, list):
+    if isinstance(default, (list, dict)):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
@@ -135,9 +120,21 @@ class TrainConfig:
     )
     shuffle: bool = _fixed(True, "a new order each epoch; false keeps file order")
 
-    loss_type: str = _fixed("sigmoid", " | ".join(LOSS_TYPES), choices=LOSS_TYPES)
+    loss_type: list[str] = _fixed(["sigmoid"], "one or several of docs/losses.md", choices=LOSSES)
+    loss_weights: list[float] = _fixed([], "of each of several loss_type, whose weighted sum is the loss (default: 1)")
     beta: float = _fixed(0.1, "strength of the pull towards the reference", bounds=POSITIVE)
     label_smoothing: float = _fixed(0.0, "assumed share of flipped preferences, in [0, 0.5)", bounds=MINORITY)
+    f_divergence_type: str = _fixed(
+        "reverse_kl", "that the policy is held to the reference by: " + " | ".join(F_DIVERGENCES), choices=F_DIVERGENCES
+    )
+    f_alpha_divergence_coef: float = _fixed(0.5, "alpha of alpha_divergence", bounds=FINITE)
+    ld_alpha: float | None = _fixed(
+        None, "LD-DPO: weight of the tokens by which an answer is longer than its rival (default: 1)", bounds=SHARE
+    )
+    use_weighting: bool = _fixed(False, "WPO: pairs weigh as much as the policy would say them itself")
+    loss_settings: dict[str, float] = _fixed(
+        {}, "in Python: settings of the losses' own by name; elsewhere keys and flags"
+    )
     reference: str = _free(
         "auto", "where reference log-probabilities come from: " + " | ".join(REFERENCES), choices=REFERENCES
     )
@@ -187,6 +184,11 @@ class TrainConfig:
         return self.attn_implementation == "pairs"
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether any of its losses reads a reference."""
+        return any(LOSSES[name].needs_reference for name in self.loss_type)
+
+    @property
     def switches_adapters_off(self) -> bool:
         """Whether the reference is the policy without its LoRA matrices: as told, or as `auto` decides."""
         if self.reference == "auto":
@@ -196,4 +198,11 @@ class TrainConfig:
 
 def identity(config: TrainConfig) -> dict[str, Any]:
     """The settings that must be equal for one session to continue another's run, by name."""
-    return {setting.name: getattr(config, setting.name) for setting in fields(config) if setting.metadata["identity"]}
+    fixed = {setting.name: getattr(config, setting.name) for setting in fields(config) if setting.metadata["identity"]}
+    return fixed | fixed.pop("loss_settings") | {"loss_type": "+".join(config.loss_type)}
+
+
+def as_told(config: TrainConfig) -> dict[str, Any]:
+    """A configuration as yaml has it: what `make_config` makes the same of."""
+    told = asdict(config)
+    return told | told.pop("loss_settings")

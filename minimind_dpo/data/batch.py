@@ -60,7 +60,7 @@ class PairBatch:
         side_sizes: the same 2 B numbers (chosen, rejected, chosen, ...) on the host, to split the M without waiting
             for a device.
         sequences: 2 B arrays of positions in the flattened rows, the input of each side without padding.
-        weights: [B] per-pair weights.
+        weights, margins: [B] per-pair weights, and target margins (0 where a pair has none).
         keys: B digests of each pair's token ids and masks.
         num_tokens: real input tokens in the rows.
     """
@@ -78,6 +78,7 @@ class PairBatch:
     side_sizes: tuple[int, ...]
     sequences: tuple[Tensor, ...]
     weights: Tensor
+    margins: Tensor
     keys: tuple[bytes, ...]
     num_tokens: int
 
@@ -141,14 +142,12 @@ def pack_pairs(rows: Sequence[dict[str, Any]]) -> PairBatch:
         rejected_shift = start + segment.chosen  # of a rejected token after the prefix
         input_ids += [chosen.ids[:-1], rejected.ids[prefix:-1]]
         position_ids += [np.arange(prefix + segment.chosen), np.arange(prefix, prefix + segment.rejected)]
-
         shared = np.union1d(chosen.targets[chosen.targets < prefix], rejected.targets[rejected.targets < prefix])
         chosen_own = chosen.targets[chosen.targets >= prefix]
         rejected_own = rejected.targets[rejected.targets >= prefix]
         before_rejected = np.where(rejected_own == prefix, start, rejected_shift)
         logit_positions += [start + shared - 1, start + chosen_own - 1, before_rejected + rejected_own - 1]
         target_ids += [chosen.ids[shared], chosen.ids[chosen_own], rejected.ids[rejected_own]]
-
         own_start = entries + len(shared)
         token_index += [
             entries + np.searchsorted(shared, chosen.targets[chosen.targets < prefix]),
@@ -244,6 +243,7 @@ def _batch(
         side_sizes=tuple(size for pair in counts for size in pair),
         sequences=tuple(torch.from_numpy(sequence) for sequence in sequences),
         weights=torch.tensor([float(row.get("weight", 1.0)) for row in rows]),
+        margins=torch.tensor([float(row.get("margin") or 0.0) for row in rows], dtype=torch.float64),
         keys=tuple(pair_key(row) for row in rows),
         num_tokens=num_tokens,
     )

@@ -21,11 +21,13 @@ class MicroBatch:
 
     Attributes:
         pairs: dataset positions; never empty.
+        places: of the same pairs in their optimizer step's order.
         counted: False for a filler, which a rank without pairs of its own in a partial step runs so that all
             ranks make the same number of collective calls; its loss has weight 0.
     """
 
     pairs: list[int]
+    places: list[int]
     counted: bool = True
 
 
@@ -137,6 +139,6 @@ def split_step(
     for slot in range(slots):
         column = rank if slot % 2 == 0 else world_size - 1 - rank
         own = sorted(members[slot * world_size + column])
-        filler = MicroBatch([int(pairs[tokens.argmin()])], counted=False)
-        batches.append(MicroBatch(pairs[own].tolist()) if own else filler)
+        counted, own = bool(own), own or [int(tokens.argmin())]
+        batches.append(MicroBatch(pairs[own].tolist(), own, counted))
     return batches

@@ -23,10 +23,13 @@ class PairScores(NamedTuple):
     Attributes:
         per_token_logps: [M] log-probabilities (nats) of the counted tokens in the batch's canonical order.
         aux_losses: [B] router loss of each pair, the mean of its two sequences; zeros for a dense model.
+        log_squares: [M] log sum_v p(v)^2 over the vocabulary where each of them stands, without gradient; where the
+            scorer was told to.
     """
 
     per_token_logps: Tensor
     aux_losses: Tensor
+    log_squares: Tensor | None = None
 
 
 class PairScorer(nn.Module):
@@ -42,6 +45,7 @@ class PairScorer(nn.Module):
         library: as given.
         fused_head: log-probabilities come from `models/fast/head.py` and the last layer works on counted positions
             only; off until `choose_layout` has seen that it changes nothing.
+        squares: whether a forward pass gives `PairScores.log_squares`.
         half_weights: by parameter the copies that products use instead, which an engine keeps up to date.
     """
 
@@ -50,7 +54,7 @@ class PairScorer(nn.Module):
         self.model, self.library = model, library
         self.router = router_settings(model.config)
         self._patch = Patch(model, library)
-        self.fused_head = False
+        self.fused_head, self.squares = False, False
         self.half_weights: Mapping[nn.Parameter, Tensor] = {}
 
     def forward(self, batch: PairBatch) -> PairScores:
@@ -75,12 +79,17 @@ class PairScorer(nn.Module):
         with self._patch.applied(packed=packed, wanted=wanted, copies=self.half_weights, lengths=lengths):
             if fused:
                 output = decoder(**inputs)
-                logps = head(output.last_hidden_state.flatten(0, -2)[batch.logit_positions], batch.target_ids)
+                scored = head(
+                    output.last_hidden_state.flatten(0, -2)[batch.logit_positions], batch.target_ids, self.squares
+                )
             else:
                 output = self.model(**inputs, logits_to_keep=_kept(batch))
-                logps = -F.cross_entropy(output.logits.flatten(0, -2).float(), batch.target_ids, reduction="none")
+                scored = _scored(output.logits.flatten(0, -2).float(), batch.target_ids, self.squares)
+        logps, squares = scored if self.squares else (scored, None)
         return PairScores(
-            logps[batch.token_index], self._aux_losses(output, batch) if wants_router else logps.new_zeros(len(batch))
+            logps[batch.token_index],
+            self._aux_losses(output, batch) if wants_router else logps.new_zeros(len(batch)),
+            None if squares is None else squares[batch.token_index],
         )
 
     @property
@@ -112,6 +121,15 @@ class PairScorer(nn.Module):
             coefficient=self.router.coefficient,
         )
         return sequence_losses.view(-1, 2).mean(dim=1)
+
+
+def _scored(logits: Tensor, targets: Tensor, squares: bool) -> Tensor | tuple[Tensor, Tensor]:
+    """What the patched head gives, of a model's own logits [K, V]."""
+    logps = -F.cross_entropy(logits, targets, reduction="none")
+    if not squares:
+        return logps
+    detached = logits.detach()
+    return logps, (2 * detached).logsumexp(dim=-1) - 2 * detached.logsumexp(dim=-1)
 
 
 def _kept(batch: PairBatch) -> Tensor:

@@ -6,13 +6,14 @@ of a smaller micro-batch more.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minimind_dpo.data.batch import PairBatch
-from minimind_dpo.objective.losses import implicit_rewards
+from minimind_dpo.objective.preference import PairLosses, implicit_rewards
 
 PAIR_METRICS = (
     "loss",
@@ -43,11 +44,26 @@ def sum_per_side(per_token_logps: Tensor, batch: PairBatch) -> tuple[Tensor, Ten
     return sums[:, 0], sums[:, 1]
 
 
+def discounts(batch: PairBatch, ld_alpha: float) -> Tensor:
+    """[M] weights of completion tokens: 1 up to the length of the pair's shorter answer, `ld_alpha` beyond it.
+
+    LD-DPO (Liu et al. 2024, arXiv:2409.06411, equation 11), as what it multiplies log-probabilities by.
+    """
+    sides = zip(batch.side_sizes[::2], batch.side_sizes[1::2], strict=True)
+    parts = [
+        torch.full((count,), weight, dtype=torch.float64)
+        for chosen, rejected in sides
+        for size, rival in ((chosen, rejected), (rejected, chosen))
+        for count, weight in ((min(size, rival), 1.0), (max(size - rival, 0), ld_alpha))
+    ]
+    return torch.cat(parts).to(batch.weights.device, non_blocking=True)
+
+
 class PairTotals(NamedTuple):
     """What pairs add up to, read back from a device.
 
     Attributes:
-        sums: over the pairs, of each of `PAIR_METRICS`.
+        sums: over the pairs, of each of `PAIR_METRICS`, and of each part of the loss, `losses/NAME`.
         pairs: how many they are.
         tokens: real input tokens of theirs.
         health: sums of each of `HEALTH_SUMS`.
@@ -63,32 +79,42 @@ class PairTotals(NamedTuple):
         return {prefix + name: value / self.pairs for name, value in self.sums.items()}
 
 
-def empty_sums(device: torch.device) -> Tensor:
-    """Zeros for the sums over pairs of PAIR_METRICS, then pairs, tokens and HEALTH_SUMS, float64."""
-    return torch.zeros(len(PAIR_METRICS) + 2 + len(HEALTH_SUMS), dtype=torch.float64, device=device)
+def empty_sums(device: torch.device, parts: Sequence[Any] = ()) -> Tensor:
+    """Zeros for the sums over pairs of PAIR_METRICS, pairs, tokens, HEALTH_SUMS and the parts of the loss, float64."""
+    return torch.zeros(len(PAIR_METRICS) + 2 + len(HEALTH_SUMS) + len(parts), dtype=torch.float64, device=device)
+
+
+@torch.no_grad()
+def loss_sums(losses: PairLosses, aux_losses: Tensor) -> Tensor:
+    """Sums of the losses of some pairs in `empty_sums`' layout, and zeros for all else; `aux_losses` [B]."""
+    sums = empty_sums(aux_losses.device, losses.parts)
+    totals = [losses.total + aux_losses, losses.total, aux_losses]
+    sums[: len(totals)] = torch.stack([column.double() for column in totals]).sum(dim=1)
+    for place, part in enumerate(losses.parts, start=len(sums) - len(losses.parts)):
+        sums[place] = part.double().sum()
+    return sums
 
 
 @torch.no_grad()
 def pair_sums(
     batch: PairBatch,
     *,
-    losses: Tensor,
-    aux_losses: Tensor,
     policy_logps: tuple[Tensor, Tensor],
     ref_logps: tuple[Tensor, Tensor],
     per_token_logratios: Tensor,
     end_token_ids: Tensor,
     beta: float,
+    parts: Sequence[str] = (),
 ) -> Tensor:
-    """Sums over the pairs of one micro-batch, in `empty_sums`' layout.
+    """Sums over the pairs of one micro-batch, in `empty_sums`' layout, with zeros for losses.
 
     Args:
         batch: the B pairs.
-        losses: [B] weighted preference losses; `aux_losses` [B] router losses.
         policy_logps: chosen and rejected [B] summed log-probabilities; `ref_logps` likewise.
         per_token_logratios: [M] the policy's log-probabilities less the reference's.
         end_token_ids: of the tokens that end an answer.
         beta: scale of the rewards.
+        parts: of the loss.
 
     Rewards are beta times the summed log-ratio, logps are sums over completion tokens. A tie is no accuracy.
     `logps/accuracies` compares the policy's own mean log-probability a token of the two answers.
@@ -98,9 +124,6 @@ def pair_sums(
     rejected_rewards = implicit_rewards(rejected_logps, ref_rejected_logps, beta=beta)
     likelier = chosen_logps / batch.chosen_tokens > rejected_logps / batch.rejected_tokens
     columns = [
-        losses + aux_losses,
-        losses,
-        aux_losses,
         chosen_rewards,
         rejected_rewards,
         chosen_rewards - rejected_rewards,
@@ -110,10 +133,11 @@ def pair_sums(
         rejected_logps,
         likelier,
     ]
-    sums, metrics = empty_sums(losses.device), len(PAIR_METRICS)
-    sums[:metrics] = torch.stack([column.double() for column in columns]).sum(dim=1)
+    sums, metrics = empty_sums(batch.weights.device, parts), len(PAIR_METRICS)
+    sums[metrics - len(columns) : metrics] = torch.stack([column.double() for column in columns]).sum(dim=1)
     sums[metrics], sums[metrics + 1] = len(batch), batch.num_tokens
-    sums[metrics + 2 :] = _health_sums(batch, chosen_rewards - rejected_rewards, per_token_logratios, end_token_ids)
+    health = _health_sums(batch, chosen_rewards - rejected_rewards, per_token_logratios, end_token_ids)
+    sums[metrics + 2 : metrics + 2 + len(health)] = health
     return sums
 
 
@@ -134,14 +158,12 @@ def _health_sums(batch: PairBatch, margins: Tensor, per_token_logratios: Tensor,
     return torch.stack(columns).sum(dim=1)
 
 
-def read_totals(sums: Tensor) -> PairTotals:
+def read_totals(sums: Tensor, parts: Sequence[str] = ()) -> PairTotals:
     """Sums in `empty_sums`' layout as named numbers; waits for the device."""
-    values = sums.tolist()
-    metrics, (pairs, tokens), health = (
-        values[: len(PAIR_METRICS)],
-        values[len(PAIR_METRICS) : -len(HEALTH_SUMS)],
-        values[-len(HEALTH_SUMS) :],
-    )
+    values = iter(sums.tolist())
+    metrics = dict(zip(PAIR_METRICS, values, strict=False))
+    pairs, tokens = next(values), next(values)
+    health = dict(zip(HEALTH_SUMS, values, strict=False))
     return PairTotals(
-        dict(zip(PAIR_METRICS, metrics, strict=True)), pairs, tokens, dict(zip(HEALTH_SUMS, health, strict=True))
+        metrics | {f"losses/{part}": value for part, value in zip(parts, values, strict=True)}, pairs, tokens, health
     )

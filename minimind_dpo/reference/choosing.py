@@ -19,7 +19,7 @@ from minimind_dpo.objective.scoring import PairScorer
 from minimind_dpo.reference.cache import Needed, ReferenceCache, cache_directory
 from minimind_dpo.reference.digest import reference_digest
 from minimind_dpo.reference.filling import fill_cache, open_complete
-from minimind_dpo.reference.sources import AdapterReference, CachedReference, LiveReference, Reference
+from minimind_dpo.reference.sources import AdapterReference, CachedReference, LiveReference, NoReference, Reference
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +29,9 @@ class LoadedReference:
     """A reference before the engine has taken the policy over.
 
     Attributes:
-        mode: live, offload, cache or adapter.
+        mode: live, offload, cache or adapter; none where no loss reads a reference.
         model: None where the policy's start, itself, is the reference.
-        digest: of its weights.
+        digest: of its weights; `none` without it.
         by_auto: `auto` decided on the mode; a live reference then gives way to a cache that is complete.
     """
 
@@ -54,6 +54,8 @@ def choose_mode(config: TrainConfig, engine: Engine, single_pass: bool) -> tuple
         engine: of the run.
         single_pass: no pair will be scored a second time.
     """
+    if not config.needs_reference:
+        return "none", f"{' and '.join(config.loss_type)} reads none"
     if config.reference != "auto":
         return config.reference, "as configured"
     if config.switches_adapters_off:
@@ -81,6 +83,8 @@ def load_reference(
     """
     mode, reason = choose_mode(config, engine, single_pass)
     logger.info("reference: %s (%s)", mode, reason)
+    if mode == "none":
+        return LoadedReference(mode, None, digest="none")
     model, path, dtype = None, config.ref_model_name_or_path, config.ref_dtype
     own_type = dtype != "auto"
     if path is None and (own_type or mode in ("live", "offload")):
@@ -110,6 +114,8 @@ def make_reference(
         StoppedEarly: `stop` said so while a cache was filled.
         UserError: a named reference cannot score the policy's batches.
     """
+    if loaded.mode == "none":
+        return NoReference()
     if loaded.mode == "adapter":
         return AdapterReference(policy, engine.autocast)
     cache = None

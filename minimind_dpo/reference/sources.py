@@ -59,6 +59,14 @@ class AdapterReference:
             self.scorer.train(training)
 
 
+class NoReference:
+    """Of losses that read none; rewards are then beta times the policy's own log-probabilities."""
+
+    def per_token_logps(self, batch: PairBatch) -> Tensor:
+        """Zeros."""
+        return torch.zeros(sum(batch.side_sizes), device=batch.input_ids.device)
+
+
 class CachedReference:
     """Every pair's log-probabilities, read from a filled cache."""
 

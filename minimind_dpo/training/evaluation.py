@@ -7,8 +7,9 @@ import torch
 from minimind_dpo.data.order import PairOrder, plan_steps
 from minimind_dpo.data.tokenized import TokenizedData
 from minimind_dpo.engine.ranks import stop_together
-from minimind_dpo.objective.step import score_batch
-from minimind_dpo.objective.sums import empty_sums, read_totals
+from minimind_dpo.objective.step import score_batch, score_pairs
+from minimind_dpo.objective.sums import empty_sums, loss_sums, read_totals
+from minimind_dpo.objective.table import PairTable
 from minimind_dpo.training.batches import load_steps
 from minimind_dpo.training.run import Run
 
@@ -34,14 +35,24 @@ def evaluate(run: Run, data: TokenizedData) -> dict[str, float]:
     )
     was_training = run.scorer.training
     run.scorer.eval()
-    sums = empty_sums(engine.device)
+    preference, table = run.preference, PairTable(len(data) if run.preference.over_step else 0, engine.device)
+    sums = empty_sums(engine.device, preference.parts)
     for plan, batches in load_steps(data.dataset, plans, run.layout, run.config.dataloader_num_workers, engine.device):
         if plan.step % _ASKED_EVERY == 0:
             stop_together(engine, run.stop.signalled, "in an evaluation")
         for micro_batch, host_batch in zip(plan.micro_batches, batches, strict=True):
             batch = host_batch.to(engine.device)
             ref_per_token_logps = run.reference.per_token_logps(batch)
-            scores = score_batch(run.scorer, batch, ref_per_token_logps, run.loss, run.end_token_ids)
-            sums += scores.sums * micro_batch.counted
+            if not preference.over_step:
+                scores = score_batch(run.scorer, batch, ref_per_token_logps, preference, run.end_token_ids)
+                sums += scores.sums * micro_batch.counted
+                continue
+            scored = score_pairs(run.scorer, batch, ref_per_token_logps, preference, run.end_token_ids)
+            sums += scored.sums * micro_batch.counted
+            if micro_batch.counted:
+                table.put(micro_batch.pairs, scored.logps)
+    if preference.over_step:  # the held-out pairs are one step then, whatever the number of ranks
+        losses = table.derive(engine.sum, preference, run.state.running_logits)[0].own()
+        sums += loss_sums(losses, torch.zeros_like(losses.total))
     run.scorer.train(was_training)
-    return read_totals(engine.sum(sums)).means("eval_")
+    return read_totals(engine.sum(sums), preference.parts).means("eval_")

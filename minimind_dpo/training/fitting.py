@@ -1,4 +1,4 @@
-"""Whether a model can take the tokenised data: its token ids, and its sides' lengths where positions are learned."""
+"""Whether models and loss can take the tokenised data: token ids and lengths, weights and target margins of pairs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from minimind_dpo.data.chat import load_tokenizer
 from minimind_dpo.data.tokenized import TokenizedData
 from minimind_dpo.errors import UserError
+from minimind_dpo.losses import LOSSES
 from minimind_dpo.models.probe import embedding_rows
+from minimind_dpo.models.tokenizer_files import tokenizer_place
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,74 @@ def check_fits(
         if model is not None:
             _check_ids(model, tokenizer, tables)
             _check_lengths(model, tables, max_length)
+
+
+def check_reference_tokenizer(reference: str, tokenizer: Any, data: Iterable[TokenizedData | None]) -> None:
+    """Refuse a reference to which the data's token ids mean other tokens than to the policy.
+
+    A reference that comes without a tokenizer is taken to have been trained with the policy's.
+
+    Raises:
+        UserError: naming such a token.
+    """
+    place = tokenizer_place(reference)
+    try:
+        theirs = load_tokenizer(place) if place is not None else None
+    except UserError:
+        theirs = None
+    if theirs is None or (names := tokenizer.get_vocab()) == (others := theirs.get_vocab()):
+        return
+    name_there = {number: name for name, number in others.items()}
+    differing = [number for name, number in names.items() if name_there.get(number) != name]
+    tables = [part.dataset.with_format("arrow") for part in data if part is not None]
+    if differing and (found := _first_used(tables, differing)) is not None:
+        here = tokenizer.convert_ids_to_tokens(found)
+        raise UserError(
+            f"ref_model_name_or_path: {reference} has another tokenizer: to it token {found} is "
+            f"{name_there.get(found)!r}, to the policy's {here!r}, and the data has it. A reference must have been "
+            "trained with the policy's tokenizer; name another one, or take a loss_type that needs none (simpo)"
+        )
+
+
+def _first_used(tables: Iterable[Any], ids: list[int]) -> int | None:
+    """The first of some token ids that the data has."""
+    wanted = pa.array(ids, pa.int32())
+    for table in tables:
+        for batch in table.select_columns(list(_SIDES)).iter(batch_size=4096):
+            for side in _SIDES:
+                tokens = pc.list_flatten(_column(batch, side))
+                if len(used := tokens.filter(pc.is_in(tokens, wanted))):
+                    return int(used[0].as_py())
+    return None
+
+
+def check_loss(losses: Iterable[str], data: TokenizedData) -> bool:
+    """Whether the pairs' own target margins are used; weights that a loss has no use for are refused.
+
+    Raises:
+        UserError: pairs have weights, and a loss takes pairs apart.
+    """
+    wanted = {name: LOSSES[name] for name in losses}
+    table = data.dataset.with_format("arrow")
+    weighing = [name for name, loss in wanted.items() if not loss.weighs_pairs]
+    if weighing and any(_any(batch, "weight", 1.0) for batch in table.select_columns(["weight"]).iter(4096)):
+        raise UserError(
+            f"loss_type: {', '.join(weighing)} takes pairs apart, so they can't have weights, and train_data has some "
+            "(the rows' weight, or that of a source); remove them, or take another loss_type"
+        )
+    if not any(_any(batch, "margin", 0.0) for batch in table.select_columns(["margin"]).iter(4096)):
+        return False
+    used = [name for name, loss in wanted.items() if "margins" in loss.names]
+    logger.info(
+        "pairs have target margins (column margin): %s",
+        f"used by {', '.join(used)}" if used else f"not used, since {', '.join(wanted)} has none",
+    )
+    return bool(used)
+
+
+def _any(batch: pa.Table, column: str, usual: float) -> bool:
+    """Whether a column has anything but the usual value and nothing."""
+    return bool(pc.any(pc.not_equal(_column(batch, column), usual)).as_py())
 
 
 def _check_ids(model: PreTrainedModel, tokenizer: Any, tables: list[Any]) -> None:

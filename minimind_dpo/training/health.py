@@ -103,7 +103,7 @@ def memorised(found: Findings) -> str | None:
     """Every pair of the training data is told apart with certainty."""
     now = found.stretches[-1]
     accuracy, loss = now.mean("rewards/accuracies"), now.mean("dpo_loss")
-    if accuracy < 0.99 or loss > 0.02 or found.config.loss_type not in ("sigmoid", "sigmoid_norm"):
+    if accuracy < 0.99 or loss > 0.02 or not {*found.config.loss_type} <= {"sigmoid", "sigmoid_norm"}:
         return None
     return (
         f"accuracy {accuracy:.2f} at a loss of {loss:.4f}: the training pairs are known by heart, or told apart by "
@@ -155,14 +155,14 @@ class HealthWatch:
 
     def __init__(self, run: Run, schedule: Callable[[int], float]):
         self._run, self._schedule = run, schedule
-        self._checks = list(CHECKS)
+        self._checks = list(CHECKS) if run.config.needs_reference else []  # they tell distances from it
         self._stretches = [Stretch()]
         self._length = min(max(run.state.total_steps // 8, _LEAST_STEPS), _MOST_STEPS)
         self._spikes = Spikes()
 
     def take(self, step: int, totals: PairTotals, grad_norm: float) -> None:
         """Take in a step that was not skipped."""
-        if step == 1:
+        if step == 1 and self._run.config.needs_reference:
             self._compare_starts(totals)
         if text := self._spikes.take(step, totals.means()["dpo_loss"], grad_norm):
             logger.warning("%s", text)

@@ -7,14 +7,10 @@ from collections import deque
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from minimind_dpo.checkpoints.directory import save_checkpoint
 from minimind_dpo.errors import StoppedEarly
 from minimind_dpo.models.saving import describe_adapter, describe_model
-from minimind_dpo.objective.step import score_batch
-from minimind_dpo.objective.sums import empty_sums
-from minimind_dpo.training.batches import LoadedStep, load_steps
+from minimind_dpo.training.batches import load_steps
 from minimind_dpo.training.evaluation import evaluate
 from minimind_dpo.training.health import HealthWatch
 from minimind_dpo.training.metrics import peak_memory_gib
@@ -23,6 +19,7 @@ from minimind_dpo.training.progress import Clock, progress_bar, show
 from minimind_dpo.training.run import Run
 from minimind_dpo.training.run_directory import RunLog
 from minimind_dpo.training.schedule import is_due, learning_rate_schedule
+from minimind_dpo.training.step import optimizer_step
 from minimind_dpo.training.visibility import UpdateWatch
 
 logger = logging.getLogger(__name__)
@@ -77,37 +74,6 @@ def train(run: Run, log: RunLog) -> None:
             raise StoppedEarly(f"after step {state.step} of {state.total_steps}")
     clock.store(state)
     progress.close()
-
-
-def optimizer_step(run: Run, loaded: LoadedStep, learning_rate: float) -> StepResult:
-    """One optimizer step over all its micro-batches.
-
-    The loss is the mean over the step's pairs on all ranks: each rank backpropagates its sum times the number of
-    ranks (which average their gradients) over the number of pairs.
-    """
-    engine, plan = run.engine, loaded.plan
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate
-    scale = engine.world_size / plan.num_pairs
-    sums = empty_sums(engine.device)
-    for index, (micro_batch, host_batch) in enumerate(zip(plan.micro_batches, loaded.batches, strict=True)):
-        _seed(run, plan.step, index)
-        last = index == len(plan.micro_batches) - 1
-        with engine.accumulate(last):
-            batch = host_batch.to(engine.device)
-            ref_per_token_logps = run.reference.per_token_logps(batch)
-            scores = score_batch(run.scorer, batch, ref_per_token_logps, run.loss, run.end_token_ids)
-            loss = (scores.losses + scores.aux_losses).sum().float() * (scale * micro_batch.counted)
-            engine.backward(loss, last)
-        sums += scores.sums * micro_batch.counted
-    stop_requests = torch.tensor(float(bool(run.stop)), device=engine.device)
-    grad_norm = engine.step(run.config.max_grad_norm)
-    return StepResult(plan.step, learning_rate, engine.sum(sums), engine.sum(stop_requests), grad_norm)
-
-
-def _seed(run: Run, step: int, index: int) -> None:
-    """Draw a micro-batch's dropout from (seed, step, its index, rank): a resumed run draws what it would have drawn."""
-    torch.manual_seed(hash((run.config.seed, step, index, run.engine.rank)))
 
 
 def _steps_ahead(run: Run) -> int:

@@ -60,7 +60,7 @@ def read_step(run: Run, result: StepResult) -> StepNumbers:
         TrainingError: the loss or the gradient norm is not finite, and `on_nonfinite` is `stop`, or too many steps have
             been skipped.
     """
-    totals, grad_norm = read_totals(result.sums), float(result.grad_norm)
+    totals, grad_norm = read_totals(result.sums, run.preference.parts), float(result.grad_norm)
     wrong = [name for name, value in totals.sums.items() if not math.isfinite(value)][:1]
     if not (run.engine.skips_overflows or math.isfinite(grad_norm)):
         wrong.append("gradient norm")

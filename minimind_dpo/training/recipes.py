@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import fields
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -25,8 +24,8 @@ _OF_A_RECIPE = ("loss_type", "beta", "learning_rate", "lr_scheduler_type", "comp
 
 def name_recipe(config: TrainConfig, model: PreTrainedModel) -> None:
     """Say which recipe fits raw MiniMind weights that are trained with nothing but defaults."""
-    defaults = {setting.name: setting.default for setting in fields(TrainConfig)}
-    if any(getattr(config, name) != defaults[name] for name in _OF_A_RECIPE):
+    defaults = TrainConfig()
+    if any(getattr(config, name) != getattr(defaults, name) for name in _OF_A_RECIPE):
         return
     if is_raw_weights(Path(config.model_name_or_path).expanduser()) and model.config.model_type in _RECIPES:
         generation, original, learns = _RECIPES[model.config.model_type]

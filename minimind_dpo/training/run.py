@@ -18,7 +18,7 @@ from minimind_dpo.data.tokenized import TokenizedData
 from minimind_dpo.ending import StopRequest
 from minimind_dpo.engine.protocol import Engine, unwrap
 from minimind_dpo.objective.layout import PairLayout
-from minimind_dpo.objective.losses import LossSettings
+from minimind_dpo.objective.preference import Preference
 from minimind_dpo.reference.sources import Reference
 
 
@@ -33,7 +33,7 @@ class Run:
         optimizer: of what is trained.
         reference: where reference log-probabilities come from.
         layout: of every batch.
-        loss: the preference loss.
+        preference: what is minimised.
         train_data: pairs to train on, in the order of `order`.
         eval_data: held-out pairs, if there are any.
         order: which pairs each step takes.
@@ -49,7 +49,7 @@ class Run:
     optimizer: Optimizer
     reference: Reference
     layout: PairLayout
-    loss: LossSettings
+    preference: Preference
     train_data: TokenizedData
     eval_data: TokenizedData | None
     order: PairOrder

@@ -22,7 +22,7 @@ _BEFORE = {"matmul": TORCH, "weight_rounding": "nearest", "dtype": "float32"}
 
 # The defaults of the runs of before, MiniMind's; those of today are named in a checkpoint's identity.
 _FORMER_DEFAULTS: dict[str, Any] = {
-    "loss_type": "sigmoid_norm",
+    "loss_type": ["sigmoid_norm"],
     "learning_rate": 4e-8,
     "lr_scheduler_type": "minimind",
     "warmup_ratio": 0.0,
@@ -40,12 +40,14 @@ def with_former_defaults(config: TrainConfig, checkpoint: Path | None) -> TrainC
         return config
     told = checkpoint.resolve().parents[1] / "config.yaml"
     before = _FORMER_DEFAULTS | (yaml.safe_load(told.read_text("utf-8")) if told.is_file() else {})
+    if isinstance(before["loss_type"], str):
+        before["loss_type"] = [before["loss_type"]]
     today = make_config({"model_name_or_path": "any", "train_data": "any"})
     kept = {
         name: before[name] for name in _FORMER_DEFAULTS if getattr(config, name) == getattr(today, name) != before[name]
     }
     if kept:
-        named = ", ".join(f"{name}: {value}" for name, value in kept.items())
+        named = ", ".join(f"{name}: {value[0] if isinstance(value, list) else value}" for name, value in kept.items())
         logger.info("the run began with other defaults, which stay: %s", named)
     return dataclasses.replace(config, **kept)
 

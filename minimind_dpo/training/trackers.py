@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable
 from typing import Any
 
 from minimind_dpo.checkpoints.state import TrainerState
-from minimind_dpo.config import TrainConfig
+from minimind_dpo.config import TrainConfig, as_told
 from minimind_dpo.engine.protocol import Engine
 from minimind_dpo.errors import UserError
 
@@ -36,7 +35,7 @@ def start_trackers(config: TrainConfig, engine: Engine, state: TrainerState) -> 
     project = os.environ.get("WANDB_PROJECT", "minimind_dpo")
     starting = {name: STARTING_SETTINGS[name](config, state) for name in names if name in STARTING_SETTINGS}
     try:
-        engine.start_trackers(project, dataclasses.asdict(config), starting)
+        engine.start_trackers(project, as_told(config), starting)
     except Exception as error:  # each tracker has errors of its own
         raise UserError(
             f"report_to: {' or '.join(names)} cannot start: {error}\nFor wandb log in with `wandb login` or set "

@@ -13,7 +13,7 @@ from helpers_run import Inputs
 
 ENGINES = (None, "multi_cpu", "ds_zero2_cpu", "ds_zero3_cpu")
 STEPS = [Bomb("training.loop", "optimizer_step", nth, when) for nth in range(1, 7) for when in ("before", "after")]
-AMID_STEPS = [Bomb("training.loop", "score_batch", nth, "after") for nth in (1, 4, 7)]
+AMID_STEPS = [Bomb("training.step", "score_batch", nth, "after") for nth in (1, 4, 7)]
 EVALUATIONS = [Bomb("training.evaluation", "score_batch", nth, "after") for nth in (1, 4)]
 WRITES = [
     Bomb(module, name, nth, when)
@@ -108,7 +108,7 @@ def test_random_kills_change_nothing(
 
 
 SIGNALLED = [
-    Bomb("training.setup", "_tokenize", 1, "after", signal=int(signal.SIGTERM)),
+    Bomb("training.data", "_tokenize", 1, "after", signal=int(signal.SIGTERM)),
     Bomb("reference.filling", "split_by_tokens", 1, "after", signal=int(signal.SIGINT)),
     Bomb("training.loop", "optimizer_step", 2, "before", signal=int(signal.SIGUSR1)),
     Bomb("training.evaluation", "score_batch", 3, "after", signal=int(signal.SIGTERM)),

@@ -24,11 +24,12 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, multiply: Multiply
-    ) -> Tensor:
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, multiply: Multiply, squares: bool
+    ) -> tuple[Tensor, Tensor]:
         rows = max(1, MOST_LOGITS // len(weight))
         logps = hidden.new_empty(len(hidden), dtype=torch.float32)
         logsumexp, probabilities = torch.empty_like(logps), None
+        log_squares = torch.empty_like(logps) if squares else logps.new_empty(0)
         for first in range(0, len(hidden), rows):
             own = slice(first, first + rows)
             logits = _logits(hidden[own], weight, multiply)
@@ -37,14 +38,17 @@ class _TokenLogps(torch.autograd.Function):
             numerators = logits.sub_(largest).exp_()
             total = numerators.sum(dim=-1, keepdim=True)
             logsumexp[own] = (largest + total.log())[:, 0]
+            if squares:
+                log_squares[own] = 2 * (torch.linalg.vector_norm(numerators, dim=-1) / total[:, 0]).log()
             if len(hidden) <= rows:
                 probabilities = numerators.div_(total)
         ctx.save_for_backward(hidden, weight, targets, logsumexp, probabilities)
         ctx.rows, ctx.multiply = rows, multiply
-        return logps.sub_(logsumexp)
+        ctx.mark_non_differentiable(log_squares)
+        return logps.sub_(logsumexp), log_squares
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, targets, logsumexp, kept = ctx.saved_tensors
         multiply = ctx.multiply
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -66,7 +70,7 @@ class _TokenLogps(torch.autograd.Function):
                     add_product(grad_weight, grad_logits.t(), hidden[own].t(), multiply)
                 else:
                     grad_weight += grad_logits.t() @ hidden[own]
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, multiply: Multiply) -> Tensor:
@@ -86,6 +90,17 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, library: str = 
 
     `library` makes the products that are fp32 on a CPU.
     """
+    return _token_logps(hidden, weight, targets, library, squares=False)[0]
+
+
+def token_logps_and_squares(
+    hidden: Tensor, weight: Tensor, targets: Tensor, library: str = TORCH
+) -> tuple[Tensor, Tensor]:
+    """As `token_logps`, and beside them log sum_v p(v)^2 [K] over the vocabulary, without gradient."""
+    return _token_logps(hidden, weight, targets, library, squares=True)
+
+
+def _token_logps(hidden: Tensor, weight: Tensor, targets: Tensor, library: str, squares: bool) -> tuple[Tensor, Tensor]:
     hidden, weight = autocast(hidden, weight)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _TokenLogps.apply(hidden, weight, targets, multiply_of(library, hidden, weight))
+        return _TokenLogps.apply(hidden, weight, targets, multiply_of(library, hidden, weight), squares)

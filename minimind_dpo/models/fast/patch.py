@@ -19,7 +19,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from minimind_dpo.models.fast.attention import pair_attention
 from minimind_dpo.models.fast.fusing import fused_forwards, widened_forwards
 from minimind_dpo.models.fast.half import shadowed
-from minimind_dpo.models.fast.head import token_logps
+from minimind_dpo.models.fast.head import token_logps, token_logps_and_squares
 from minimind_dpo.models.fast.products import TORCH, linear, linear_forwards
 from minimind_dpo.models.fast.rotary import length_dependent, rows_apart
 
@@ -178,7 +178,9 @@ def _on_rows(positions: Tensor, forward: Callable[[Tensor], Tensor], x: Tensor) 
     return output.index_put((positions,), rows).view(*x.shape[:-1], -1)
 
 
-def _head(self: Any, library: str, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+def _head(
+    self: Any, library: str, hidden: Tensor, targets: Tensor | None = None, squares: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     if targets is None:
         return linear(hidden, self.weight.to(hidden.dtype), None, library)
-    return token_logps(hidden, self.weight, targets, library)
+    return (token_logps_and_squares if squares else token_logps)(hidden, self.weight, targets, library)

@@ -1,0 +1,108 @@
+"""What a configuration says of its loss: settings of the losses' own, weights, and what of it can't be right."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from math import isfinite
+from typing import Any
+
+from minimind_dpo.config.settings import TrainConfig
+from minimind_dpo.losses import LOSSES, own_settings
+
+
+def to_weights(value: Any) -> list[float]:
+    """Numbers, from texts too.
+
+    Raises:
+        ValueError: one is none.
+    """
+    items = [part for item in (value if isinstance(value, list) else [value]) for part in str(item).split(",")]
+    try:
+        weights = [float(item) for item in items]
+    except ValueError:
+        raise ValueError(f"expected numbers, found {value!r}") from None
+    if not all(isfinite(weight) for weight in weights):
+        raise ValueError(f"expected finite numbers, found {value!r}")
+    return weights
+
+
+def with_loss_settings(config: TrainConfig) -> TrainConfig:
+    """The configuration with every setting of its losses' own, and with weights only where they say something."""
+    settings = {
+        name: setting.default
+        for loss_type in config.loss_type
+        if loss_type in LOSSES
+        for name, setting in LOSSES[loss_type].settings.items()
+    }
+    says_nothing = config.loss_weights == [1.0] * len(config.loss_type)
+    return dataclasses.replace(
+        config, loss_settings=settings | config.loss_settings, loss_weights=[] if says_nothing else config.loss_weights
+    )
+
+
+def loss_problems(config: TrainConfig) -> Iterator[str]:
+    """A message for each setting of the loss that has no meaning beside the others."""
+    losses = {name: LOSSES[name] for name in config.loss_type if name in LOSSES}
+    if not config.loss_type:
+        yield f"loss_type: missing; one or several of {', '.join(LOSSES)}"
+    if len(set(config.loss_type)) < len(config.loss_type):
+        yield f"loss_type: names a loss twice: {', '.join(config.loss_type)}"
+    if config.loss_weights and len(config.loss_weights) != len(config.loss_type):
+        yield (
+            f"loss_weights: {len(config.loss_weights)} for {len(config.loss_type)} loss_type; give one for each, "
+            "in their order"
+        )
+    if losses:
+        yield from _setting_problems(config)
+        yield from _divergence_problems(config)
+        yield from _reference_problems(config)
+    if config.use_weighting and (unweighed := [name for name, loss in losses.items() if not loss.weighs_pairs]):
+        yield f"use_weighting: pairs have no weight under {', '.join(unweighed)}, which takes them apart; remove one"
+
+
+def _setting_problems(config: TrainConfig) -> Iterator[str]:
+    losses = {name: LOSSES[name] for name in config.loss_type if name in LOSSES}
+    smoothed = [name for name, loss in LOSSES.items() if "label_smoothing" in loss.names]
+    if config.label_smoothing and losses.keys().isdisjoint(smoothed):
+        yield (
+            f"label_smoothing: has no meaning for loss_type {', '.join(losses)}; "
+            f"use one of {', '.join(smoothed)} or remove it"
+        )
+    for name, loss in losses.items():
+        for setting, bounds in loss.limits.items():
+            if not bounds.holds(getattr(config, setting)):
+                yield f"{setting}: must be {bounds.says} for loss_type {name}, is {getattr(config, setting)}"
+    owners = {setting: name for name, loss in LOSSES.items() for setting in loss.settings}
+    for name, value in config.loss_settings.items():
+        bounds = own_settings()[name].bounds
+        if owners[name] not in losses:
+            yield f"{name}: belongs to loss_type {owners[name]}, not asked for here; remove it, or ask for that loss"
+        elif not bounds.holds(value):
+            yield f"{name}: must be {bounds.says}, is {value}"
+
+
+def _divergence_problems(config: TrainConfig) -> Iterator[str]:
+    if config.f_divergence_type == "reverse_kl":
+        return
+    losses = {name: LOSSES[name] for name in config.loss_type if name in LOSSES}
+    able = [name for name, loss in LOSSES.items() if loss.takes_divergences]
+    unable = [name for name, loss in losses.items() if loss.reads_more_than_scores]
+    if unable or losses.keys().isdisjoint(able):
+        yield (
+            f"f_divergence_type: {config.f_divergence_type} has no meaning for loss_type "
+            f"{', '.join(unable or losses)}; use {', '.join(able)}, or reverse_kl"
+        )
+
+
+def _reference_problems(config: TrainConfig) -> Iterator[str]:
+    if not all(name in LOSSES for name in config.loss_type) or config.needs_reference:
+        return
+    named = ", ".join(config.loss_type)
+    for setting, unused in (
+        ("ref_model_name_or_path", config.ref_model_name_or_path is None),
+        ("ref_dtype", config.ref_dtype == "auto"),
+        ("reference", config.reference == "auto"),
+    ):
+        if not unused:
+            yield f"{setting}: loss_type {named} has no reference; remove it"
