@@ -56,7 +56,7 @@ def loss_problems(config: TrainConfig) -> Iterator[str]:
     if losses:
         yield from _setting_problems(config)
         yield from _divergence_problems(config)
-        yield from _reference_problems(config)
+        yield from reference_problems(config)
     if config.use_weighting and (unweighed := [name for name, loss in losses.items() if not loss.weighs_pairs]):
         yield f"use_weighting: pairs have no weight under {', '.join(unweighed)}, which takes them apart; remove one"
 
@@ -95,7 +95,10 @@ def _divergence_problems(config: TrainConfig) -> Iterator[str]:
         )
 
 
-def _reference_problems(config: TrainConfig) -> Iterator[str]:
+def reference_problems(config: TrainConfig) -> Iterator[str]:
+    """A message for each setting of a reference that is not there, or can't follow the policy."""
+    if config.sync_ref_model:
+        yield from _sync_problems(config)
     if not all(name in LOSSES for name in config.loss_type) or config.needs_reference:
         return
     named = ", ".join(config.loss_type)
@@ -106,3 +109,22 @@ def _reference_problems(config: TrainConfig) -> Iterator[str]:
     ):
         if not unused:
             yield f"{setting}: loss_type {named} has no reference; remove it"
+
+
+def _sync_problems(config: TrainConfig) -> Iterator[str]:
+    """What a reference that follows the policy can't be: anything but a second model like it, whole and live."""
+    for setting, fits, remedy in (
+        ("loss_type", config.needs_reference, "has no reference to follow the policy; take one that has"),
+        ("lora_r", config.lora_r is None, "trains matrices that the reference has not; remove it"),
+        (
+            "reference",
+            config.reference in ("auto", "live"),
+            "does not hold the model that is to follow; set it to live",
+        ),
+        ("ref_model_name_or_path", config.ref_model_name_or_path is None, "is another model; remove it"),
+        ("ref_dtype", config.ref_dtype == "auto", "would round away the small moves; remove it"),
+    ):
+        if not fits:
+            value = getattr(config, setting)
+            named = ", ".join(value) if isinstance(value, list) else value
+            yield f"sync_ref_model: {setting} {named} {remedy}, or sync_ref_model"

@@ -139,6 +139,14 @@ class TrainConfig:
         "auto", "where reference log-probabilities come from: " + " | ".join(REFERENCES), choices=REFERENCES
     )
 
+    sync_ref_model: bool = _fixed(False, "TR-DPO: the reference follows the policy")
+    ref_model_mixup_alpha: float = _fixed(
+        0.6,
+        "how far it comes each time: 1 makes it the policy",
+        bounds=Bounds("in (0, 1]", lambda share: 0 < share <= 1),
+    )
+    ref_model_sync_steps: int = _fixed(512, "optimizer steps between its moves", bounds=POSITIVE)
+
     output_dir: str = _free("runs/dpo", "the run directory")
     num_train_epochs: float = _free(1.0, "passes over the training pairs", bounds=POSITIVE)
     max_steps: int = _free(-1, "optimizer steps; -1: as many as num_train_epochs has", bounds=STEPS)

@@ -172,7 +172,10 @@ class DeepSpeed(Launched):
         """
         scorer.eval().requires_grad_(False)
         if not offload and not self.gathers_weights:
-            return scorer.to(self.device, dtype=self.weights_dtype)
+            scorer.to(self.device)
+            for parameter in scorer.parameters():  # and no buffers: rotary frequencies stay fp32, as the policy's do
+                parameter.data = parameter.data.to(self.weights_dtype or parameter.dtype)
+            return scorer
         mark_expert_blocks(scorer)
         engine, *_ = deepspeed.initialize(model=scorer, config=self._frozen_config(offload))
         engine.eval()  # DeepSpeed's returns nothing

@@ -27,6 +27,7 @@ _KEPT = (
     *("exp_avg", "exp_avg_sq"),  # AdamW; of Adafactor the second, where it does not factor
     *("state1", "absmax1", "state2", "absmax2"),  # bitsandbytes
     *("exp_avg_sq_row", "exp_avg_sq_col"),  # Adafactor
+    "reference",  # a reference that follows the policy, beside any of them
 )
 
 
@@ -70,6 +71,20 @@ def kept_states(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
     if not any(kind in state for kind in _KEPT):
         _begin(optimizer, parameter, state)
     return {kind: state[kind] for kind in _KEPT if kind in state}
+
+
+def keep_reference(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Begin a state "reference" of each parameter with the parameter's values, fp32."""
+    for parameter in parameters:
+        kept_states(optimizer, parameter)
+        optimizer.state[parameter]["reference"] = parameter.detach().clone()
+
+
+@torch.no_grad()
+def move_reference(optimizer: Optimizer, parameters: Iterable[Tensor], share: float) -> None:
+    """Move each "reference" by a `share` of its way to the parameter: (1 - share) reference + share parameter."""
+    for parameter in parameters:
+        optimizer.state[parameter]["reference"].lerp_(parameter.data, share)
 
 
 def _begin(optimizer: Any, parameter: Tensor, state: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from minimind_dpo.config import TrainConfig
 from minimind_dpo.engine.fragments import Fragment, HeldPart, fragment
 from minimind_dpo.engine.launched import HALF_TYPES, Launched, evenly_divided
-from minimind_dpo.engine.optimizers import set_step_count, skips_not_finite, step_count
+from minimind_dpo.engine.optimizers import keep_reference, move_reference, set_step_count, skips_not_finite, step_count
 from minimind_dpo.engine.protocol import trained_parameters
 from minimind_dpo.engine.rounding import HalfWeights, rounded
 
@@ -107,6 +107,14 @@ class Plain(Launched):
             self._accelerator.scaler.load_state_dict(scalars["loss_scaler"])
         self._steps = scalars.get("steps", 0)
         self._refresh()
+
+    def keep_reference(self) -> None:
+        """Begin a reference that follows the policy."""
+        keep_reference(self._inner, (parameter for _, parameter in trained_parameters(self._scorer)))
+
+    def move_reference(self, share: float) -> None:
+        """Move that reference."""
+        move_reference(self._inner, (parameter for _, parameter in trained_parameters(self._scorer)), share)
 
     def loading_reference(self, offload: bool) -> AbstractContextManager[None]:
         """Around loading a reference, which stays whole."""

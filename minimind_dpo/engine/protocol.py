@@ -92,6 +92,14 @@ class Engine(Protocol):
         """Undo `scalars`, once every fragment has its values again. Collective."""
         ...
 
+    def keep_reference(self) -> None:
+        """Begin a reference that follows the policy: a state "reference" in every fragment, now the policy's values."""
+        ...
+
+    def move_reference(self, share: float) -> None:
+        """Move that reference by a `share` of its way to the policy."""
+        ...
+
     # a frozen model beside it
 
     def loading_reference(self, offload: bool) -> AbstractContextManager[None]:

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from minimind_dpo.config import FROZEN_DTYPES, OPTIMIZERS, QUANTIZATIONS, REFERENCES, TrainConfig
+from minimind_dpo.config.losses import reference_problems
 from minimind_dpo.config.weights import weight_problems
 from minimind_dpo.errors import EXIT_DONE, UserError
+from minimind_dpo.losses import LOSSES
 from minimind_dpo.planning.configurations import CONFIGURATIONS, read_zero
 from minimind_dpo.planning.run_shape import RunShape
 from minimind_dpo.planning.text import render
@@ -71,23 +73,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--mixed_precision", choices=("no", "bf16"), help="default: bf16 on cuda, no on cpu")
     add("--reference", choices=REFERENCES, default="auto", help="as in train (default: auto)")
+    add(
+        "--loss_type",
+        nargs="+",
+        choices=LOSSES,
+        default=["sigmoid"],
+        metavar="NAME",
+        help="as in train (default: sigmoid)",
+    )
+    add("--sync_ref_model", choices=("true", "false"), default="false", help="as in train (default: false)")
     add("--lora_r", type=int, help="rank of LoRA matrices; without it every weight is trained")
     for name, choices in WEIGHTS.items():
         add(f"--{name}", choices=choices, default=choices[0], help=f"as in train (default: {choices[0]})")
     add("--per_device_train_batch_size", type=int, default=4, help="pairs a micro-batch on each rank (default: 4)")
     add("--max_length", type=int, default=1024, help="tokens a side; each pair is planned this long (default: 1024)")
-    add(
-        "--prompt_share",
-        type=float,
-        default=0.0,
-        help="share of max_length that both sides have in common (default: 0, the most a batch can need)",
-    )
-    add(
-        "--gradient_checkpointing",
-        choices=("true", "false"),
-        default="false",
-        help="recompute activations in the backward pass (default: false)",
-    )
+    shared = "share of max_length that both sides have in common (default: 0, the most a batch can need)"
+    add("--prompt_share", type=float, default=0.0, help=shared)
+    recomputed = "recompute activations in the backward pass (default: false)"
+    add("--gradient_checkpointing", choices=("true", "false"), default="false", help=recomputed)
     add("--device", choices=("cuda", "cpu"), default="cuda", help="where ranks compute (default: cuda)")
     add("--device_memory_gib", type=float, help="memory of a GPU (default: that of this machine's first GPU)")
     add("--host_memory_gib", type=float, help="memory of a machine (default: this machine's)")
@@ -124,7 +127,10 @@ def _contradictions(args: argparse.Namespace) -> Iterator[str]:
     if args.reference == "adapter" and args.lora_r is None:
         yield "reference: adapter is the policy without its LoRA matrices; set lora_r too"
     told = _told(args)
-    yield from weight_problems(TrainConfig(lora_r=args.lora_r, reference=args.reference, **told))
+    follows = {"sync_ref_model": args.sync_ref_model == "true", "loss_type": args.loss_type}
+    config = TrainConfig(lora_r=args.lora_r, reference=args.reference, **follows, **told)
+    yield from weight_problems(config)
+    yield from reference_problems(config)
     if stage:
         yield from (f"{name}: {value} is for one process or DDP; zero_stage is {stage}" for name, value in told.items())
     if args.offload != "none" and args.zero_stage is None:
@@ -161,6 +167,8 @@ def _run(args: argparse.Namespace, stage: int, offload: str) -> RunShape:
         zero=read_zero(stage, offload, cpu),
         bf16=(args.mixed_precision or ("no" if cpu else "bf16")) == "bf16",
         reference=_reference(args, stage),
+        loss_type=tuple(args.loss_type),
+        follows=args.sync_ref_model == "true",
         pairs=args.per_device_train_batch_size,
         length=args.max_length,
         prompt_share=args.prompt_share,
@@ -181,6 +189,10 @@ def _per_node(args: argparse.Namespace) -> int:
 
 def _reference(args: argparse.Namespace, stage: int) -> str:
     """Where the reference is; of what `auto` may choose without ZeRO the larger, a second model for a single epoch."""
+    if not any(LOSSES[name].needs_reference for name in args.loss_type):
+        return "none"
     if args.reference != "auto":
         return str(args.reference)
+    if args.sync_ref_model == "true":
+        return "live"
     return "adapter" if args.lora_r else "cache" if stage else "live"

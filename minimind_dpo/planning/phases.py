@@ -16,6 +16,7 @@ from minimind_dpo.planning.shape import ModelShape
 from minimind_dpo.planning.states import (
     base_blocks,
     ddp_buckets,
+    followed_reference,
     fp32_gradients,
     gathered_weights,
     gradient_norm,
@@ -59,7 +60,7 @@ def phases(shape: ModelShape, run: RunShape) -> dict[str, list[Allocation]]:
 def standing_states(shape: ModelShape, run: RunShape) -> list[Allocation]:
     """What exists as long as the engine: model states, and the buffers that it makes once."""
     states = weights(shape, run) + optimizer_states(shape, run) + ddp_buckets(shape, run) + offload_buffers(shape, run)
-    states += half_weights(shape, run)
+    states += half_weights(shape, run) + followed_reference(shape, run)
     if run.stage == 3:
         states += gradient_partition(shape, run) + reduce_buckets(shape, run, 1)
     return states + (fp32_gradients(shape, run) if run.offloads else [])

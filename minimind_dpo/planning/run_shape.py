@@ -17,7 +17,9 @@ class RunShape:
         world: ranks, `per_node` of them on one machine.
         zero: DeepSpeed's settings; stage 0 is one process or DDP.
         bf16: mixed precision; bf16 weights under DeepSpeed, autocast over fp32 weights without.
-        reference: live, offload, cache or adapter.
+        reference: live, offload, cache or adapter; none where no loss reads one.
+        loss_type: the losses.
+        follows: whether the reference follows the policy (`sync_ref_model`).
         pairs: of a micro-batch on each rank.
         length: tokens a side.
         prompt_share: share of the length that the two sides of a pair have in common.
@@ -34,6 +36,8 @@ class RunShape:
     zero: ZeroSettings = ZeroSettings()
     bf16: bool = False
     reference: str = "cache"
+    loss_type: tuple[str, ...] = ("sigmoid",)
+    follows: bool = False
     pairs: int = 4
     length: int = 1024
     prompt_share: float = 0.0

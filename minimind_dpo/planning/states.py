@@ -96,6 +96,15 @@ def optimizer_states(shape: ModelShape, run: RunShape) -> list[Allocation]:
     return [allocate("optimizer", [4 * share], times=3, on_host=run.optimizer_on_host)]
 
 
+def followed_reference(shape: ModelShape, run: RunShape) -> list[Allocation]:
+    """fp32 values of a reference that follows the policy: 4 T / N, in stage 0 4 T; beside the model that scores."""
+    if not run.follows:
+        return []
+    if run.stage == 0:
+        return [allocate("reference", (4 * size for size in shape.trained))]
+    return [allocate("reference", [4 * sum(shape.trained) / run.world], on_host=run.optimizer_on_host)]
+
+
 def whole_gradients(shape: ModelShape, run: RunShape) -> list[Allocation]:
     """Gradients of all trained weights, until they are exchanged.
 

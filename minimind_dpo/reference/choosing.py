@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from minimind_dpo.config import TrainConfig
@@ -19,6 +20,7 @@ from minimind_dpo.objective.scoring import PairScorer
 from minimind_dpo.reference.cache import Needed, ReferenceCache, cache_directory
 from minimind_dpo.reference.digest import reference_digest
 from minimind_dpo.reference.filling import fill_cache, open_complete
+from minimind_dpo.reference.following import FollowingReference, Place, parameter_places
 from minimind_dpo.reference.sources import AdapterReference, CachedReference, LiveReference, NoReference, Reference
 
 logger = logging.getLogger(__name__)
@@ -33,12 +35,14 @@ class LoadedReference:
         model: None where the policy's start, itself, is the reference.
         digest: of its weights; `none` without it.
         by_auto: `auto` decided on the mode; a live reference then gives way to a cache that is complete.
+        places: of its parameters, where it is to follow the policy.
     """
 
     mode: str
     model: PreTrainedModel | None
     digest: str
     by_auto: bool = False
+    places: dict[str, list[Place]] = field(default_factory=dict)
 
 
 def weight_rounding(config: TrainConfig) -> str:
@@ -56,6 +60,8 @@ def choose_mode(config: TrainConfig, engine: Engine, single_pass: bool) -> tuple
     """
     if not config.needs_reference:
         return "none", f"{' and '.join(config.loss_type)} reads none"
+    if config.sync_ref_model:
+        return "live", "it follows the policy"
     if config.reference != "auto":
         return config.reference, "as configured"
     if config.switches_adapters_off:
@@ -96,7 +102,9 @@ def load_reference(
         with engine.loading_reference(offload=mode == "offload"):
             model = load(config, path, dtype if own_type else "float32")
     digest = reference_digest(policy if model is None else model, engine.weights_dtype)
-    return LoadedReference(mode, model, digest, by_auto=config.reference == "auto")
+    places = {} if model is None or not config.sync_ref_model else parameter_places(model)
+    by_auto = config.reference == "auto" and not config.sync_ref_model
+    return LoadedReference(mode, model, digest, by_auto, places)
 
 
 def make_reference(
@@ -142,6 +150,18 @@ def make_reference(
     if scorer is not policy:
         engine.release(scorer)
     return CachedReference(cache)
+
+
+def make_following(
+    config: TrainConfig, engine: Engine, loaded: LoadedReference, scorer: nn.Module
+) -> FollowingReference | None:
+    """What moves the reference after the policy, if it does; `scorer` is the policy's, as the engine prepared it."""
+    if not config.sync_ref_model:
+        return None
+    share, every = config.ref_model_mixup_alpha, config.ref_model_sync_steps
+    return FollowingReference(
+        engine, scorer, loaded.places, share=share, every=every, weight_rounding=config.weight_rounding
+    )
 
 
 def make_cache(config: TrainConfig, engine: Engine, digest: str, layout: PairLayout) -> ReferenceCache:

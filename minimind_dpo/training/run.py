@@ -19,6 +19,7 @@ from minimind_dpo.ending import StopRequest
 from minimind_dpo.engine.protocol import Engine, unwrap
 from minimind_dpo.objective.layout import PairLayout
 from minimind_dpo.objective.preference import Preference
+from minimind_dpo.reference.following import FollowingReference
 from minimind_dpo.reference.sources import Reference
 
 
@@ -32,6 +33,7 @@ class Run:
         scorer: of the policy, prepared by the engine, as is `optimizer`.
         optimizer: of what is trained.
         reference: where reference log-probabilities come from.
+        following: moves the reference, where it follows the policy.
         layout: of every batch.
         preference: what is minimised.
         train_data: pairs to train on, in the order of `order`.
@@ -48,6 +50,7 @@ class Run:
     scorer: torch.nn.Module
     optimizer: Optimizer
     reference: Reference
+    following: FollowingReference | None
     layout: PairLayout
     preference: Preference
     train_data: TokenizedData

@@ -26,7 +26,8 @@ from minimind_dpo.models.places import absolute_source
 from minimind_dpo.objective.layout import choose_layout
 from minimind_dpo.objective.preference import Preference
 from minimind_dpo.objective.scoring import PairScorer
-from minimind_dpo.reference.choosing import load_reference, make_reference
+from minimind_dpo.reference.choosing import load_reference, make_following, make_reference
+from minimind_dpo.reference.following import FollowingReference
 from minimind_dpo.training.data import RunData, load_data, tokenizer_path
 from minimind_dpo.training.fitting import check_fits, check_loss, check_reference_tokenizer, end_token_ids
 from minimind_dpo.training.recipes import name_recipe
@@ -59,16 +60,16 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
     known |= {"dtype": dtype, "reference_digest": loaded.digest}
     state = _state(config, engine, data, known, checkpoint)
     scorer = _trainable(config, policy, dtype)
-    trained = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
+    trained = (parameter for parameter in scorer.parameters() if parameter.requires_grad)
     optimizer = make_optimizer(trained, config.learning_rate, config.weight_decay, config.optim)
     prepared, optimizer = engine.prepare(scorer, optimizer, config.weight_rounding)
     layout = choose_layout(unwrap(prepared), config.attn_implementation, engine.device, engine.autocast, decide)
     reference = make_reference(config, engine, loaded, unwrap(prepared), layout, data.needed(), stop.signalled)
+    following = make_following(config, engine, loaded, prepared)
     unwrap(prepared).squares = config.use_weighting  # from here on: no reference has a use for them
     stop_together(engine, stop.signalled, "before the first step")
     if checkpoint is not None:  # last: up to here the policy is its own start, which a cache may be made of
-        load_checkpoint(checkpoint, engine)
-        logger.info("resuming after step %d from %s", state.step, checkpoint)
+        _go_on(checkpoint, engine, following)
     logger.info("%s on %d process(es)", data, engine.world_size)
     return Run(
         config=config,
@@ -76,6 +77,7 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
         scorer=prepared,
         optimizer=optimizer,
         reference=reference,
+        following=following,
         layout=layout,
         preference=_preference(config),
         train_data=data.train,
@@ -111,6 +113,13 @@ def _known(
     if config.ref_model_name_or_path is not None:
         check_reference_tokenizer(config.ref_model_name_or_path, tokenizer, tokenized)
     return {"margins": "used"} if check_loss(config.loss_type, data.train) else {}
+
+
+def _go_on(checkpoint: Path, engine: Engine, following: FollowingReference | None) -> None:
+    state = load_checkpoint(checkpoint, engine)
+    if following is not None:
+        following.bring_up()
+    logger.info("resuming after step %d from %s", state.step, checkpoint)
 
 
 def _state(

@@ -28,6 +28,8 @@ def optimizer_step(run: Run, loaded: LoadedStep, learning_rate: float) -> StepRe
     sums = (_go_back_together if run.preference.over_step else _go_back_apart)(run, loaded)
     stop_requests = torch.tensor(float(bool(run.stop)), device=engine.device)
     grad_norm = engine.step(run.config.max_grad_norm)
+    if run.following is not None:
+        run.following.after_step(plan.step)
     return StepResult(plan.step, learning_rate, engine.sum(sums), engine.sum(stop_requests), grad_norm)
 
 
