@@ -23,7 +23,7 @@ from minimind_dpo.config import TrainConfig
 from minimind_dpo.engine.cpu import set_up_host_steps
 from minimind_dpo.engine.fragments import Fragment, HeldPart, fragment
 from minimind_dpo.engine.launched import HALF_TYPES, Launched
-from minimind_dpo.engine.optimizers import set_step_count, step_count
+from minimind_dpo.engine.optimizers import keep_reference, move_reference, set_step_count, step_count
 from minimind_dpo.engine.protocol import trained_parameters
 from minimind_dpo.engine.rounding import RoundedParts
 from minimind_dpo.engine.sharding import full_shape
@@ -151,6 +151,18 @@ class DeepSpeed(Launched):
         self._steps = scalars.get("steps", 0)
         with contextlib.nullcontext() if self._rounded is None else self._rounded.handed_out(self._steps):
             refresh_weights(self._zero_optimizer)
+
+    def keep_reference(self) -> None:
+        """Begin a reference that follows the policy, divided as the optimizer's states are."""
+        keep_reference(self._adamw, self._flats())
+
+    def move_reference(self, share: float) -> None:
+        """Move that reference."""
+        move_reference(self._adamw, self._flats(), share)
+
+    def _flats(self) -> list[Tensor]:
+        """What the optimizer steps, each once."""
+        return list({id(part.flat): part.flat for _, part in self._held_parts()}.values())
 
     @contextmanager
     def loading_reference(self, offload: bool) -> Iterator[None]:
