@@ -37,7 +37,7 @@ def sigmoid_norm_loss(normalised_logits: Tensor, beta: float, label_smoothing: f
 
 @register_loss("hinge")
 def hinge_loss(logits: Tensor, margins: Tensor, beta: float) -> Tensor:
-    """max(0, 1 + m - beta logits): SLiC's loss (arXiv:2305.10425) as in RSO (arXiv:2309.06657, equation 11).
+    """max(0, 1 + m - beta logits): SLiC's loss (arXiv:2305.10425) as in RSO (arXiv:2309.06657, equation 10).
 
     m is 0, or the pair's own margin.
     """
@@ -56,7 +56,7 @@ def ipo_loss(normalised_logits: Tensor, beta: float) -> Tensor:
 
 @register_loss("robust")
 def robust_loss(logits: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """The unbiased loss under flipped labels, equation 14 of Robust DPO (arXiv:2403.00409).
+    """The unbiased loss under flipped labels: Robust DPO (arXiv:2403.00409).
 
     ((1 - e) * -log sigmoid(beta logits) + e * log sigmoid(-beta logits)) / (1 - 2 e).
     """

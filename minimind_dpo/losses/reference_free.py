@@ -43,9 +43,10 @@ def cpo_loss(
     label_smoothing: float,
     cpo_alpha: float,
 ) -> Tensor:
-    """-log sigmoid(beta (log pi(y_w) - log pi(y_l))) + alpha n, equation 3 of CPO (arXiv:2401.08417).
+    """-log sigmoid(beta (log pi(y_w) - log pi(y_l))) + alpha n: CPO (arXiv:2401.08417, equation 5).
 
-    n is -log pi(y_w) a token; smoothed as `sigmoid`.
+    n is -log pi(y_w) a token, as in the authors' program; the paper has the sum. The first term, its equation 3, is
+    smoothed as `sigmoid`.
     """
     margin = beta * (policy_chosen_logps - policy_rejected_logps)
     return logistic_loss(margin, label_smoothing) + cpo_alpha * chosen_nll / chosen_tokens
@@ -60,9 +61,10 @@ def orpo_loss(
     rejected_tokens: Tensor,
     beta: float,
 ) -> Tensor:
-    """n - beta log sigmoid(log odds(y_w) - log odds(y_l)), equations 6 and 7 of ORPO (arXiv:2403.07691).
+    """n - beta log sigmoid(log odds(y_w) - log odds(y_l)): ORPO (arXiv:2403.07691).
 
-    n is -log pi(y_w) a token, odds(y) = p / (1 - p) of p = exp(log pi(y) a token); beta is the paper's lambda.
+    n is -log pi(y_w) a token, odds(y) = p / (1 - p) of p = exp(log pi(y) a token); beta is the paper's lambda, and what
+    it weighs equation 7.
     """
     chosen, rejected = policy_chosen_logps / chosen_tokens, policy_rejected_logps / rejected_tokens
     # log(1 - e^a) = log(-expm1(a)), which stays exact for an answer that is nearly certain
@@ -74,7 +76,7 @@ def orpo_loss(
 def slic_loss(
     policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, chosen_nll: Tensor, beta: float, slic_delta: float
 ) -> Tensor:
-    """max(0, delta - log pi(y_w) + log pi(y_l)) - beta log pi(y_w): SLiC-HF (arXiv:2305.10425, equation 1).
+    """max(0, delta - log pi(y_w) + log pi(y_l)) - beta log pi(y_w): SLiC-HF (arXiv:2305.10425, section 2).
 
     beta is the paper's lambda, and the chosen answer its target of the regularisation.
     """

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 @register_loss("nca_pair")
 def nca_pair_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
-    """-log sigmoid(r_w) - (log sigmoid(-r_w) + log sigmoid(-r_l)) / 2: NCA, pairwise (arXiv:2402.05369)."""
+    """-log sigmoid(r_w) - (log sigmoid(-r_w) + log sigmoid(-r_l)) / 2: NCA (arXiv:2402.05369, table 1)."""
     chosen_rewards, rejected_rewards = beta * chosen_logratios, beta * rejected_logratios
     return -log_sigmoid(chosen_rewards) - 0.5 * log_sigmoid(-chosen_rewards) - 0.5 * log_sigmoid(-rejected_rewards)
 
 
 @register_loss("bco_pair")
 def bco_pair_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
-    """-log sigmoid(r_w) - log sigmoid(-r_l): BCO (arXiv:2404.04656, equation 7) without its shift of the rewards.
+    """-log sigmoid(r_w) - log sigmoid(-r_l): BCO (arXiv:2404.04656, equation 6), before rewards are shifted.
 
     `bco` has the shift.
     """

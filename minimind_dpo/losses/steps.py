@@ -26,7 +26,7 @@ def aot_loss(
     beta: float,
     label_smoothing: float,
 ) -> Tensor:
-    """-log sigmoid(beta (pi_(i) - ref_(i))), paired AOT (arXiv:2406.05882, equation 11).
+    """-log sigmoid(beta (pi_(i) - ref_(i))), paired AOT (arXiv:2406.05882).
 
     pi_(i) is the i-th smallest log pi(y_w)/pi(y_l) of the step, ref_(i) that of the reference; smoothed as `sigmoid`.
     """
@@ -38,7 +38,7 @@ def aot_loss(
 def aot_unpaired_loss(
     chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float, label_smoothing: float
 ) -> Tensor:
-    """-log sigmoid(beta (w_(i) - l_(i))), unpaired AOT (arXiv:2406.05882, equation 9).
+    """-log sigmoid(beta (w_(i) - l_(i))), unpaired AOT (arXiv:2406.05882).
 
     w_(i) is the i-th smallest log pi(y_w)/ref(y_w) of the step, l_(i) that of the rejected answers; smoothed as
     `sigmoid`.
@@ -48,10 +48,10 @@ def aot_unpaired_loss(
 
 @register_loss("bco", over_step=True)
 def bco_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
-    """-log sigmoid(r_w - d) - log sigmoid(-(r_l - d)): BCO (arXiv:2404.04656, equation 7).
+    """-log sigmoid(r_w - d) - log sigmoid(-(r_l - d)): BCO (arXiv:2404.04656, equation 8).
 
-    d, the mean reward of all answers of the step, is the paper's reward shift without its running mean; no gradient
-    goes through it.
+    d, the mean reward of all answers of the step, is the paper's reward shift (equation 7) without its running mean; no
+    gradient goes through it.
     """
     chosen_rewards, rejected_rewards = beta * chosen_logratios, beta * rejected_logratios
     shift = (chosen_rewards.mean() + rejected_rewards.mean()).detach() / 2
@@ -62,7 +62,7 @@ def bco_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) 
 def sft_loss(chosen_nll: Tensor, chosen_tokens: Tensor) -> Tensor:
     """-log pi(y_w) B / T of a step with B pairs and T completion tokens of chosen answers: its mean is that of tokens.
 
-    For weighted sums, as in RPO (arXiv:2404.19733).
+    For weighted sums, as in Iterative RPO (arXiv:2404.19733).
     """
     return chosen_nll * (len(chosen_nll) / chosen_tokens.sum())
 
@@ -71,7 +71,7 @@ def sft_loss(chosen_nll: Tensor, chosen_tokens: Tensor) -> Tensor:
     "beta_dpo", over_step=True, beta_dpo_alpha=Setting(0.6, "how far beta_dpo's beta follows a step's margins", FINITE)
 )
 def beta_dpo_loss(logits: Tensor, earlier_logits: Tensor, beta: float, beta_dpo_alpha: float) -> Tensor:
-    """-log sigmoid(beta' logits), beta' = beta (1 + alpha (mean(logits) - M)): beta-DPO (arXiv:2407.08639, equation 7).
+    """-log sigmoid(beta' logits), beta' = beta (1 + alpha (mean(logits) - M)): beta-DPO (arXiv:2407.08639).
 
     M is the running mean of the steps' mean logits, this one included (`KEPT` of it a step). beta' is at least 0.001,
     and no gradient goes through it. The paper's filter, which drops pairs at random, is left out.
@@ -98,11 +98,11 @@ def alpha_dpo_loss(
     alpha_dpo_alpha: float,
     alpha_dpo_gamma: float,
 ) -> Tensor:
-    """-log sigmoid(beta (a_w - a_l) - gamma - beta alpha z): alpha-DPO (arXiv:2410.10148, equation 12).
+    """-log sigmoid(beta (a_w - a_l) - gamma - beta alpha z): alpha-DPO (arXiv:2410.10148).
 
     a is log pi(y) a token, z the log-ratios a token, chosen less rejected, less their mean over the step, by their
     standard deviation (0.01 at least: at the start, where policy and reference agree, there is nothing but rounding to
-    scale up). No gradient goes through z. The paper's program takes running means of both.
+    scale up). No gradient goes through z. The authors' program takes running means of both.
     """
     own = (chosen_logratios / chosen_tokens - rejected_logratios / rejected_tokens).detach()
     spread = (own - own.mean()) / own.std(correction=0).clamp(min=0.01)
