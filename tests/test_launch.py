@@ -114,7 +114,13 @@ def test_exit_codes(stub: Path, processes: str, codes: str, code: int, message: 
 )
 def test_signals_reach_the_workers(stub: Path, processes: str, number: signal.Signals) -> None:
     process = subprocess.Popen(
-        launch(stub, processes, "wait"), env=environment(), stderr=subprocess.PIPE, text=True, cwd=REPOSITORY
+        launch(stub, processes, "wait"),
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+        # a shell has what it starts in the background ignore Ctrl-C, these tests too
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     ready = stub.with_name("ready-0" if processes == "one" else "ready-1")
     wait_until(ready.exists, 60)

@@ -191,6 +191,20 @@ def test_far_from_the_reference_nothing_overflows(name: str) -> None:
     assert chosen.grad is not None and total.isfinite() and chosen.grad.isfinite().all()
 
 
+def test_a_certain_answer_and_a_lost_one_leave_numbers() -> None:
+    """A log-probability of 0, which fp32 has for a likely short answer; and margins of -3000 nats."""
+    for certain in ("policy_chosen_logps", "policy_rejected_logps"):
+        values = torch.tensor([0.0, -4.0], dtype=torch.float64, requires_grad=True)
+        total = dpo_losses(pairs()._replace(**{certain: values}), Preference({"orpo": 1.0}, beta=0.1)).total.sum()
+        total.backward()
+        assert values.grad is not None and total.isfinite() and values.grad.isfinite().all()
+    lost = pairs()._replace(policy_chosen_logps=torch.tensor([-3000.0, -6.0], dtype=torch.float64))
+    discopop = Preference({"discopop": 1.0}, beta=0.5, settings={"discopop_tau": 0.05})
+    assert dpo_losses(lost, discopop).total[0].item() == pytest.approx(0.5 * (3000 - 11 - 1), rel=1e-3)
+    forward = dpo_losses(lost, Preference({"sigmoid": 1.0}, beta=0.1, divergence="forward_kl")).total.float()
+    assert forward.isfinite().all()
+
+
 def test_a_weighted_sum_by_hand() -> None:
     preference = Preference({"ipo": 0.5, "bco_pair": -2.0}, beta=0.5)
     found = dpo_losses(pairs(), preference)

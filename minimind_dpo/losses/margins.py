@@ -84,5 +84,6 @@ def discopop_loss(logits: Tensor, beta: float, discopop_tau: float) -> Tensor:
 
     w = sigmoid(beta logits / tau): the log-ratio modulated loss that a search over programs found.
     """
-    exponential = (beta * logits / discopop_tau).sigmoid()
-    return -log_sigmoid(beta * logits) * (1 - exponential) + (-beta * logits).exp() * exponential
+    margin = beta * logits
+    weighted = (log_sigmoid(margin / discopop_tau) - margin).exp()  # w exp(-x), where exp(-x) alone may overflow
+    return -log_sigmoid(margin) * (-margin / discopop_tau).sigmoid() + weighted

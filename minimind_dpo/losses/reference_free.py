@@ -66,7 +66,9 @@ def orpo_loss(
     n is -log pi(y_w) a token, odds(y) = p / (1 - p) of p = exp(log pi(y) a token); beta is the paper's lambda, and what
     it weighs equation 7.
     """
-    chosen, rejected = policy_chosen_logps / chosen_tokens, policy_rejected_logps / rejected_tokens
+    # a certain answer has odds beyond all bounds; in fp32 log pi is 0 for less
+    chosen = (policy_chosen_logps / chosen_tokens).clamp(max=-1e-6)
+    rejected = (policy_rejected_logps / rejected_tokens).clamp(max=-1e-6)
     # log(1 - e^a) = log(-expm1(a)), which stays exact for an answer that is nearly certain
     log_odds = (chosen - rejected) - ((-chosen.expm1()).log() - (-rejected.expm1()).log())
     return chosen_nll / chosen_tokens - beta * log_sigmoid(log_odds)

@@ -95,6 +95,7 @@ def alpha_dpo_loss(
     chosen_tokens: Tensor,
     rejected_tokens: Tensor,
     beta: float,
+    label_smoothing: float,
     alpha_dpo_alpha: float,
     alpha_dpo_gamma: float,
 ) -> Tensor:
@@ -107,7 +108,7 @@ def alpha_dpo_loss(
     own = (chosen_logratios / chosen_tokens - rejected_logratios / rejected_tokens).detach()
     spread = (own - own.mean()) / own.std(correction=0).clamp(min=0.01)
     means = policy_chosen_logps / chosen_tokens - policy_rejected_logps / rejected_tokens
-    return -log_sigmoid(beta * (means - alpha_dpo_alpha * spread) - alpha_dpo_gamma)
+    return logistic_loss(beta * (means - alpha_dpo_alpha * spread) - alpha_dpo_gamma, label_smoothing)
 
 
 def running_mean(earlier: Tensor, value: Tensor) -> Tensor:

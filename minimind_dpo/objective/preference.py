@@ -16,6 +16,8 @@ from torch import Tensor
 from minimind_dpo.losses import LOSSES
 from minimind_dpo.losses.steps import running_mean
 
+_LARGEST = 80.0  # exponent; beyond it nothing finite would be left of a step's gradient in fp32
+
 
 class PairLogps(NamedTuple):
     """What a loss can know of B pairs, [B] each: sums over completion tokens, discounted where `ld_alpha` says so.
@@ -148,16 +150,15 @@ def divergence_scores(logratios: Tensor, preference: Preference) -> Tensor:
     """f'(u) of u = pi(y)/ref(y), [B], up to a constant: f-DPO (Wang et al. 2023, arXiv:2309.16240, table 1).
 
     reverse_kl: log u; forward_kl: 1 - 1 / u; js_divergence: log(2 u / (1 + u)); alpha_divergence:
-    (u^(alpha - 1) - 1) / (alpha - 1), and log u where alpha is 1.
+    (u^(alpha - 1) - 1) / (alpha - 1), and log u where alpha is 1; the paper's alpha is one less this one, as in TRL.
     """
     alpha = preference.divergence_alpha
     if preference.divergence == "forward_kl":
-        return 1 - (-logratios).exp()
+        return 1 - (-logratios).clamp(max=_LARGEST).exp()
     if preference.divergence == "js_divergence":
         return math.log(2) + F.logsigmoid(logratios)
     if preference.divergence == "alpha_divergence" and abs(alpha - 1) > 1e-6:
-        # a power beyond e^80 would leave nothing finite of a pair's gradient
-        return ((alpha - 1) * logratios).clamp(max=80.0).expm1() / (alpha - 1)
+        return ((alpha - 1) * logratios).clamp(max=_LARGEST).expm1() / (alpha - 1)
     return logratios
 
 
