@@ -1,6 +1,6 @@
 """What `minimind-dpo data check` costs, beside tokenizing the same rows, and whether it finds what was planted in them.
 
-    python -m benchmarks.checking [--tokenizer DIR] [--sizes 10000 100000 1000000] [--planted 20]
+    python -m benchmarks.checking [--tokenizer DIR] [--sizes 10000 100000 1000000] [--share 1.0] [--planted 20]
 
 Rows have the lengths of real pairs (`benchmarks/tokenizing.py`); from 10,000 on the same ones come again with a number
 of their own. In each file some rows of each kind of fault are planted: what is found must be these and no others.
@@ -42,10 +42,10 @@ _REASONS = (
 _MARK = "@NUMBER@"
 
 
-def lines(count: int, tokenizer: Any) -> Iterator[str]:
+def lines(count: int, tokenizer: Any, share: float) -> Iterator[str]:
     """Rows as JSON lines, no two alike."""
     bases = []
-    for row in rows(min(count, _BASES), tokenizer):
+    for row in rows(min(count, _BASES), tokenizer, share=share):
         for side in row.values():
             side[0] = side[0] | {"content": f"{side[0]['content']} {_MARK}"}
         bases.append(json.dumps(row))
@@ -155,6 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", default=str(DEMO_TOKENIZER), help="directory; default: the demo's")
     parser.add_argument("--sizes", type=int, nargs="*", default=[10_000, 100_000], help="numbers of rows")
+    parser.add_argument("--share", type=float, default=1.0, help="of the real lengths")
     parser.add_argument("--planted", type=int, default=20, help="rows of each kind of fault")
     parser.add_argument("--once", nargs=3, metavar=("WAY", "FILE", "SCRATCH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -170,7 +171,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             scratch = Path(directory)
             file = scratch / "rows.jsonl"
-            file.write_text("".join(f"{line}\n" for line in lines(size, tokenizer)), "utf-8")
+            file.write_text("".join(f"{line}\n" for line in lines(size, tokenizer, options.share)), "utf-8")
             planted = plant(file, scratch / "held.jsonl", options.planted, tokenizer.bos_token)
             check, tokenize = (measured(way, file, scratch, options.tokenizer) for way in ("check", "tokenize"))
             cells = [f"{way[key]:.1f}" for way in (check, tokenize) for key in ("seconds", "cpu", "mib")]

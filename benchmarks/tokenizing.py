@@ -49,8 +49,8 @@ def vocabulary(rng: random.Random, size: int = 12_000) -> tuple[list[str], list[
     return words, list(accumulate(1 / (rank + 2.7) for rank in range(len(words))))
 
 
-def rows(count: int, tokenizer: Any, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Rows with the message lists of pairs whose token lengths follow the real mix."""
+def rows(count: int, tokenizer: Any, seed: int = 0, share: float = 1.0) -> Iterator[dict[str, Any]]:
+    """Rows with the message lists of pairs whose token lengths follow the real mix, or are that `share` of them."""
     if not LENGTHS.exists():
         raise SystemExit(f"{LENGTHS}: not found; it holds the token lengths of real pairs")
     lengths = json.loads(LENGTHS.read_text("utf-8"))["pairs"]
@@ -60,7 +60,7 @@ def rows(count: int, tokenizer: Any, seed: int = 0) -> Iterator[dict[str, Any]]:
     rate = len(sample) / len(tokenizer(" ".join(sample), add_special_tokens=False)["input_ids"])
 
     def text(tokens: float) -> str:
-        said = rng.choices(words, cum_weights=frequencies, k=max(1, round(tokens * rate)))
+        said = rng.choices(words, cum_weights=frequencies, k=max(1, round(tokens * rate * share)))
         return " ".join(word + rng.choice(",.?!") if rng.random() < 0.1 else word for word in said).capitalize()
 
     for _ in range(count):
