@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -54,12 +54,11 @@ class PairBatch:
         logit_positions: [K] positions in the flattened rows whose next token counts.
         target_ids: [K] those next tokens.
         state_positions: [S] the same positions ascending, each once.
-        token_index: [M] for each counted token in canonical order its entry in the K; a counted token of the
-            shared prefix appears for both sides.
+        token_index: [M] each counted token's entry in the K, in canonical order; one of the prefix comes twice.
         chosen_tokens, rejected_tokens: [B] counted tokens of each side; their sum is M.
-        side_sizes: the same 2 B numbers (chosen, rejected, chosen, ...) on the host, to split the M without waiting
-            for a device.
-        sequences: 2 B arrays of positions in the flattened rows, the input of each side without padding.
+        side_sizes: the same 2 B numbers (chosen, rejected, chosen, ...) on the host: no device is waited for.
+        sequence_positions, sequence_lengths: where each side's input lies in the flattened rows, without padding, side
+            after side; and 2 B numbers of them, on the host.
         weights, margins: [B] per-pair weights, and target margins (0 where a pair has none).
         keys: B digests of each pair's token ids and masks.
         num_tokens: real input tokens in the rows.
@@ -76,7 +75,8 @@ class PairBatch:
     chosen_tokens: Tensor
     rejected_tokens: Tensor
     side_sizes: tuple[int, ...]
-    sequences: tuple[Tensor, ...]
+    sequence_positions: Tensor
+    sequence_lengths: tuple[int, ...]
     weights: Tensor
     margins: Tensor
     keys: tuple[bytes, ...]
@@ -93,15 +93,15 @@ class PairBatch:
         """The same batch with every tensor on `device`."""
         return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def _moved(self, move: Callable[[Tensor], Tensor]) -> PairBatch:
-        def moved(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return move(value)
-            if isinstance(value, tuple) and value and isinstance(value[0], Tensor):
-                return tuple(map(move, value))
-            return value
+    @property
+    def sequences(self) -> tuple[Tensor, ...]:
+        """2 B arrays of positions in the flattened rows: the input of each side."""
+        return self.sequence_positions.split(self.sequence_lengths)
 
-        return PairBatch(**{f.name: moved(getattr(self, f.name)) for f in fields(self)})
+    def _moved(self, move: Callable[[Any], Any]) -> PairBatch:
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        moved: dict[str, Any] = {name: move(value) for name, value in values if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +241,8 @@ def _batch(
         chosen_tokens=tokens[:, 0],
         rejected_tokens=tokens[:, 1],
         side_sizes=tuple(size for pair in counts for size in pair),
-        sequences=tuple(torch.from_numpy(sequence) for sequence in sequences),
+        sequence_positions=_row(sequences)[0],
+        sequence_lengths=tuple(map(len, sequences)),
         weights=torch.tensor([float(row.get("weight", 1.0)) for row in rows]),
         margins=torch.tensor([float(row.get("margin") or 0.0) for row in rows], dtype=torch.float64),
         keys=tuple(pair_key(row) for row in rows),

@@ -75,7 +75,7 @@ class PairScorer(nn.Module):
         fused = self.fused_head and head is not None
         wanted = batch.state_positions if fused and not wants_router else None
         packed = batch.segments is not None
-        lengths = () if packed else tuple(len(sequence) for sequence in batch.sequences)
+        lengths = () if packed else batch.sequence_lengths
         with self._patch.applied(packed=packed, wanted=wanted, copies=self.half_weights, lengths=lengths):
             if fused:
                 output = decoder(**inputs)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from minimind_dpo.data.batch import PairBatch
+from minimind_dpo.engine.transfer import send
 from minimind_dpo.objective.preference import PairLosses, implicit_rewards
 
 PAIR_METRICS = (
@@ -56,7 +57,7 @@ def discounts(batch: PairBatch, ld_alpha: float) -> Tensor:
         for size, rival in ((chosen, rejected), (rejected, chosen))
         for count, weight in ((min(size, rival), 1.0), (max(size - rival, 0), ld_alpha))
     ]
-    return torch.cat(parts).to(batch.weights.device, non_blocking=True)
+    return send(torch.cat(parts), batch.weights.device)
 
 
 class PairTotals(NamedTuple):
@@ -135,7 +136,8 @@ def pair_sums(
     ]
     sums, metrics = empty_sums(batch.weights.device, parts), len(PAIR_METRICS)
     sums[metrics - len(columns) : metrics] = torch.stack([column.double() for column in columns]).sum(dim=1)
-    sums[metrics], sums[metrics + 1] = len(batch), batch.num_tokens
+    for place, number in ((metrics, len(batch)), (metrics + 1, batch.num_tokens)):
+        sums[place].fill_(number)  # an assignment would copy the number to the device, and wait
     health = _health_sums(batch, chosen_rewards - rejected_rewards, per_token_logratios, end_token_ids)
     sums[metrics + 2 : metrics + 2 + len(health)] = health
     return sums

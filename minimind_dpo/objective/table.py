@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from minimind_dpo.engine.transfer import send
 from minimind_dpo.objective.preference import PairLogps, PairLosses, Preference, dpo_losses, next_running_logits
 
 
@@ -30,8 +31,9 @@ class PairTable:
     def put(self, places: Sequence[int], logps: PairLogps) -> None:
         """Enter this rank's pairs at their places."""
         columns = torch.stack([column.detach().double() for column in logps], dim=1)
-        self._values[torch.tensor(places, device=columns.device)] = columns
-        self._own[torch.tensor(places, device=columns.device)] = True
+        rows = send(torch.tensor(places), columns.device)
+        self._values.index_copy_(0, rows, columns)
+        self._own.index_fill_(0, rows, True)
 
     def derive(
         self, total: Callable[[Tensor], Tensor], preference: Preference, earlier_logits: float
@@ -68,7 +70,7 @@ class StepLosses:
 
     def at(self, places: Sequence[int]) -> PairLosses:
         """The losses of some pairs, no gradient."""
-        rows = torch.tensor(places, device=self._own.device)
+        rows = send(torch.tensor(places), self._own.device)
         return PairLosses(self._losses.total[rows], tuple(part[rows] for part in self._losses.parts))
 
     def own(self) -> PairLosses:
@@ -77,6 +79,6 @@ class StepLosses:
 
     def leaning(self, places: Sequence[int], logps: PairLogps) -> Tensor:
         """A scalar whose gradient in `logps` is that of the sum of all losses."""
-        slopes = self._slopes[torch.tensor(places, device=self._own.device)]
+        slopes = self._slopes[send(torch.tensor(places), self._own.device)]
         columns = zip(logps, slopes.unbind(dim=1), strict=True)
         return torch.stack([(slope * column).sum() for column, slope in columns if column.requires_grad]).sum()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minimind_dpo.data.batch import PairBatch
+from minimind_dpo.engine.transfer import send
 from minimind_dpo.errors import UserError
 from minimind_dpo.objective.layout import Autocast
 from minimind_dpo.objective.scoring import PairScorer
@@ -84,4 +85,4 @@ class CachedReference:
                 "will be computed. If that does not help: on several nodes MINIMIND_DPO_CACHE must name a directory "
                 "that all of them share"
             ) from None
-        return torch.from_numpy(logps).to(batch.input_ids.device)
+        return send(torch.from_numpy(logps), batch.input_ids.device)

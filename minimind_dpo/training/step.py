@@ -26,7 +26,7 @@ def optimizer_step(run: Run, loaded: LoadedStep, learning_rate: float) -> StepRe
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate
     sums = (_go_back_together if run.preference.over_step else _go_back_apart)(run, loaded)
-    stop_requests = torch.tensor(float(bool(run.stop)), device=engine.device)
+    stop_requests = torch.full((), float(bool(run.stop)), device=engine.device)
     grad_norm = engine.step(run.config.max_grad_norm)
     if run.following is not None:
         run.following.after_step(plan.step)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from minimind_dpo.data.batch import PairSegment
 from minimind_dpo.engine.cpu import has_bf16_units
+from minimind_dpo.engine.transfer import send
 from minimind_dpo.models.fast.attention_blocks import banded_mask, pair_branches, visible_states
 from minimind_dpo.models.fast.attention_cpu import CpuPairAttention
 from minimind_dpo.models.fast.precision import autocast
@@ -146,11 +147,10 @@ def _varlen_plan(segments: tuple[PairSegment, ...], device: torch.device) -> _Va
     lengths = torch.tensor(
         [[0, 0], *([branch.end - branch.start, len(index)] for branch, index in zip(branches, keys, strict=True))]
     )
-    ends = lengths.cumsum(dim=0).int().to(device)
+    ends = lengths.cumsum(dim=0).int().T.contiguous()
     longest_query, longest_key = lengths.amax(dim=0).tolist()
-    return _VarlenPlan(
-        torch.cat(keys).to(device), ends[:, 0].contiguous(), ends[:, 1].contiguous(), longest_query, longest_key
-    )
+    query_ends, key_ends = send(ends, device)
+    return _VarlenPlan(send(torch.cat(keys), device), query_ends, key_ends, longest_query, longest_key)
 
 
 def varlen_attention(
