@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -141,8 +143,17 @@ def _start(work: Callable[[RowBlock], Any]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for number in STOP_SIGNALS:  # Ctrl-C reaches all processes of a terminal; the parent answers it
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     _work = work
     logger.setLevel(logging.ERROR)  # the parent has given the notices
+
+
+def _leave_with_parent() -> None:
+    """End this process when its parent is gone, killed: it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work_here(block: RowBlock) -> Any:
