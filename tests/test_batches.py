@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import subprocess
 import sys
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_run import Inputs, train_here, train_lines
 
 from minimind_dpo.data.batch import PairBatch, pack_pairs, pad_pairs
+from minimind_dpo.errors import TrainingError
 
 ROW = {
     "chosen_input_ids": [1, 2, 3, 4],
@@ -56,3 +59,34 @@ def test_many_pairs_need_few_descriptors(tmp_path: Path) -> None:
 
     done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=120, preexec_fn=few)
     assert done.returncode == 0 and done.stdout == "done\n", done.stderr[-2000:]
+
+
+def test_a_run_measured_in_tokens_takes_the_same_steps(inputs: Inputs, tmp_path: Path) -> None:
+    """All metrics and weights to rounding, with micro-batches of any size; a run that goes on may change it."""
+    options = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "learning_rate": 1e-3}
+    assert train_here(inputs.flags(tmp_path / "pairs", **options)) == 0
+    assert train_here(inputs.flags(tmp_path / "tokens", **options, max_tokens_per_micro_batch=90)) == 0
+    for one, other in zip(train_lines(tmp_path / "pairs"), train_lines(tmp_path / "tokens"), strict=True):
+        for name in ("loss", "grad_norm", "rewards/margins", "logps/chosen"):
+            assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6)
+
+
+def test_out_of_memory_says_what_to_set(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the numbers of the micro-batch that did not fit, on a CPU and on a GPU."""
+    options = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 1}
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ):
+
+        def full(*_: object, error: Exception = error) -> None:
+            raise error
+
+        with monkeypatch.context() as patch, pytest.raises(TrainingError) as caught:
+            patch.setattr("minimind_dpo.training.step.score_batch", full)
+            train_here(inputs.flags(tmp_path / type(error).__name__, **options))
+        found = re.search(
+            r"step 1, whose largest micro-batch here is 8 pair.s. of (\d+) tokens: set (\w+) to (\d+) or less",
+            str(caught.value),
+        )
+        assert found and found[2] == "max_tokens_per_micro_batch" and int(found[3]) == int(found[1]) // 2

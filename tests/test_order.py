@@ -22,8 +22,8 @@ def test_split_by_hand() -> None:
     pairs, tokens = np.arange(10, 16), np.array([5, 9, 2, 7, 4, 6])
     first = split_step(pairs, tokens, world_size=2, rank=0, micro_batch_size=2)
     second = split_step(pairs, tokens, world_size=2, rank=1, micro_batch_size=2)
-    assert first == [MicroBatch([11]), MicroBatch([13])]
-    assert second == [MicroBatch([10, 14]), MicroBatch([12, 15])]
+    assert first == [MicroBatch([11], [1]), MicroBatch([13], [3])]
+    assert second == [MicroBatch([10, 14], [0, 4]), MicroBatch([12, 15], [2, 5])]
 
 
 def test_a_rank_without_pairs_runs_the_shortest() -> None:
@@ -31,13 +31,40 @@ def test_a_rank_without_pairs_runs_the_shortest() -> None:
     pairs, tokens = np.arange(5), np.array([3, 1, 4, 1, 5])
     first = split_step(pairs, tokens, world_size=2, rank=0, micro_batch_size=1)
     second = split_step(pairs, tokens, world_size=2, rank=1, micro_batch_size=1)
-    assert first == [MicroBatch([4]), MicroBatch([1]), MicroBatch([3])]
-    assert second == [MicroBatch([2]), MicroBatch([0]), MicroBatch([1], counted=False)]
+    assert first == [MicroBatch([4], [4]), MicroBatch([1], [1]), MicroBatch([3], [3])]
+    assert second == [MicroBatch([2], [2]), MicroBatch([0], [0]), MicroBatch([1], [1], counted=False)]
 
 
 def test_one_micro_batch_keeps_the_order() -> None:
     pairs, tokens = np.array([7, 2, 5]), np.array([1, 3, 2])
-    assert split_step(pairs, tokens, world_size=1, rank=0, micro_batch_size=4) == [MicroBatch([7, 2, 5])]
+    assert split_step(pairs, tokens, world_size=1, rank=0, micro_batch_size=4) == [MicroBatch([7, 2, 5], [0, 1, 2])]
+
+
+def test_a_step_is_divided_until_no_micro_batch_has_too_many_tokens() -> None:
+    """33 tokens at most 12 at a time: two micro-batches have 17 and 16, three have 9 + 2, 7 + 4 and 6 + 5."""
+    pairs, tokens = np.arange(10, 16), np.array([5, 9, 2, 7, 4, 6])
+    assert split_step(pairs, tokens, world_size=1, rank=0, micro_batch_size=6, max_tokens=12) == [
+        MicroBatch([11, 12], [1, 2]),
+        MicroBatch([13, 14], [3, 4]),
+        MicroBatch([10, 15], [0, 5]),
+    ]
+    alone = split_step(pairs, tokens, world_size=1, rank=0, micro_batch_size=6, max_tokens=3)
+    assert sorted(batch.pairs for batch in alone) == [[pair] for pair in pairs]  # a pair can't be divided
+
+
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=24), most=st.integers(1, 600), world=st.integers(1, 3)
+)
+def test_tokens_a_micro_batch_are_bounded(lengths: list[int], most: int, world: int) -> None:
+    tokens = np.array(lengths)
+    ranks = [
+        split_step(np.arange(len(tokens)), tokens, world_size=world, rank=rank, micro_batch_size=8, max_tokens=most)
+        for rank in range(world)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    batches = [batch for own in ranks for batch in own]
+    assert all(len(batch.pairs) == 1 or tokens[batch.pairs].sum() <= most for batch in batches)
+    assert sorted(pair for batch in batches if batch.counted for pair in batch.pairs) == list(range(len(tokens)))
 
 
 @given(lengths=st.lists(st.integers(1, 2000), min_size=16, max_size=16))

@@ -327,11 +327,24 @@ def test_all_configurations_are_compared(
     ]
     for plan in report["plans"]:
         assert (REPOSITORY / "configs" / "accelerate" / f"{plan['name']}.yaml").is_file()
-        assert set(plan) == {"name", "reference", "fits", "device", "host", "host_node_gib"}
+        assert set(plan) == {
+            "name",
+            "reference",
+            "fits",
+            "max_tokens_per_micro_batch",
+            "device",
+            "host",
+            "host_node_gib",
+        }
         assert plan["reference"] == ("live" if plan["name"] == "multi_gpu" else "cache")  # the larger of auto's choices
         assert set(plan["device"]["parts_gib"]) == set(PURPOSES)
         assert plan["fits"] is True
     assert report["recommended"] == "multi_gpu"
+    pairs, rest = divmod(report["plans"][0]["max_tokens_per_micro_batch"], 2 * 1023)
+    assert rest == 0
+    for more, fits in ((0, True), (1, False)):
+        assert cli([*flags, "--json", "--per_device_train_batch_size", str(pairs + more)]) == 0
+        assert json.loads(capsys.readouterr().out)["plans"][0]["fits"] is fits
     assert cli(flags) == 0 and "recommended: multi_gpu" in capsys.readouterr().out
     flags[flags.index("80")] = "0.1"
     assert cli(flags) == 0 and "none of them fits" in capsys.readouterr().out

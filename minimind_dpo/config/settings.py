@@ -152,6 +152,9 @@ class TrainConfig:
     max_steps: int = _free(-1, "optimizer steps; -1: as many as num_train_epochs has", bounds=STEPS)
     per_device_train_batch_size: int = _free(4, "pairs a micro-batch on each rank", bounds=POSITIVE)
     gradient_accumulation_steps: int = _free(1, "micro-batches an optimizer step", bounds=POSITIVE)
+    max_tokens_per_micro_batch: int | None = _free(
+        None, "input tokens a micro-batch; a step is divided further until each has no more", bounds=POSITIVE
+    )
     optim: str = _fixed("adamw", "the optimizer: " + " | ".join(OPTIMIZERS), choices=OPTIMIZERS)
     learning_rate: float = _fixed(1e-6, "peak learning rate of the optimizer; 0 is a dry run", bounds=NOT_NEGATIVE)
     lr_scheduler_type: str = _fixed("cosine", " | ".join(LR_SCHEDULER_TYPES), choices=LR_SCHEDULER_TYPES)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -90,16 +91,11 @@ class StepPlan:
     micro_batches: list[MicroBatch]
 
 
-def plan_steps(
-    order: PairOrder, steps: range, tokens: np.ndarray, *, world_size: int, rank: int, micro_batch_size: int
-) -> Iterator[StepPlan]:
-    """The share of `rank` in each of `steps`; `tokens` [N] are the costs of all pairs (`split_step`)."""
+def plan_steps(order: PairOrder, steps: range, tokens: np.ndarray, **division: Any) -> Iterator[StepPlan]:
+    """A rank's share in each of `steps`; `tokens` [N] are the costs of all pairs, `division` is `split_step`'s."""
     for step in steps:
         pairs = order.step_pairs(step)
-        micro_batches = split_step(
-            pairs, tokens[pairs], world_size=world_size, rank=rank, micro_batch_size=micro_batch_size
-        )
-        yield StepPlan(step, len(pairs), micro_batches)
+        yield StepPlan(step, len(pairs), split_step(pairs, tokens[pairs], **division))
 
 
 def total_steps(num_pairs: int, global_batch: int, num_train_epochs: float, max_steps: int) -> int:
@@ -110,7 +106,13 @@ def total_steps(num_pairs: int, global_batch: int, num_train_epochs: float, max_
 
 
 def split_step(
-    pairs: np.ndarray, tokens: np.ndarray, *, world_size: int, rank: int, micro_batch_size: int
+    pairs: np.ndarray,
+    tokens: np.ndarray,
+    *,
+    world_size: int,
+    rank: int,
+    micro_batch_size: int,
+    max_tokens: int | None = None,
 ) -> list[MicroBatch]:
     """Divide the pairs of one optimizer step among ranks; the micro-batches of `rank`, in order.
 
@@ -125,15 +127,13 @@ def split_step(
         world_size: number of ranks.
         rank: this one.
         micro_batch_size: most pairs a micro-batch.
+        max_tokens: most tokens a micro-batch of several pairs; the step takes as many as that needs.
     """
     slots = math.ceil(len(pairs) / (micro_batch_size * world_size))
-    members: list[list[int]] = [[] for _ in range(slots * world_size)]
-    loads = [(0, index) for index in range(len(members))]
-    for pair in np.argsort(-tokens, kind="stable").tolist():
-        load, index = heapq.heappop(loads)
-        members[index].append(pair)
-        if len(members[index]) < micro_batch_size:
-            heapq.heappush(loads, (load + int(tokens[pair]), index))
+    members = _filled(tokens, slots * world_size, micro_batch_size)
+    while max_tokens and any(len(own) > 1 and tokens[own].sum() > max_tokens for own in members):
+        slots += 1
+        members = _filled(tokens, slots * world_size, micro_batch_size)
     members.sort(key=lambda own: -int(tokens[own].sum()))  # a slot's micro-batches run at the same time
     batches = []
     for slot in range(slots):
@@ -142,3 +142,15 @@ def split_step(
         counted, own = bool(own), own or [int(tokens.argmin())]
         batches.append(MicroBatch(pairs[own].tolist(), own, counted))
     return batches
+
+
+def _filled(tokens: np.ndarray, count: int, size: int) -> list[list[int]]:
+    """Indices of pairs in `count` micro-batches of at most `size`."""
+    members: list[list[int]] = [[] for _ in range(count)]
+    loads = [(0, index) for index in range(count)]
+    for pair in np.argsort(-tokens, kind="stable").tolist():
+        load, index = heapq.heappop(loads)
+        members[index].append(pair)
+        if len(members[index]) < size:
+            heapq.heappush(loads, (load + int(tokens[pair]), index))
+    return members

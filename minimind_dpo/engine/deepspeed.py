@@ -68,7 +68,8 @@ class DeepSpeed(Launched):
             "gradient_accumulation_steps": 1,
             "gradient_clipping": config.max_grad_norm,
         }
-        if self.precision == "bf16" and config.gradient_accumulation_steps > 1:
+        accumulates = config.gradient_accumulation_steps > 1 or config.max_tokens_per_micro_batch
+        if self.precision == "bf16" and accumulates:
             # in bf16 the sum of micro-batches loses what is small beside it
             self._plugin.deepspeed_config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from minimind_dpo.planning.shape import ModelShape, read_shape
 
 GIB = 2**30
 SPARE = 1.1  # a configuration fits with a tenth to spare
+_MOST_PAIRS = 1 << 14  # of a micro-batch that is looked at
 CUDA_RUNTIME = 0.5 * GIB  # CUDA's context with the kernels of torch and NCCL; not measured here
 
 
@@ -90,21 +92,35 @@ def _available(cpu: bool, device: float | None, host: float | None) -> dict[str,
 
 def _plan(shape: ModelShape, run: RunShape, available: dict[str, float | None]) -> dict[str, Any]:
     """One run's prediction, GiB; `fits` is None where the device's memory is not known."""
-    device, host = predict(shape, run, process_bytes(), CUDA_RUNTIME)
-    node = host.total * run.per_node / GIB
-    fits: bool | None = node * SPARE <= (available["host"] or 0.0)
-    if not run.cpu and available["device"] is None:
-        fits = None if fits else False
-    elif not run.cpu:
-        fits = fits and device.total / GIB * SPARE <= (available["device"] or 0.0)
+    process = process_bytes()
+    device, host = predict(shape, run, process, CUDA_RUNTIME)
     return {
         "name": configuration_name(run.stage, run.zero.offload, run.cpu, run.world),
         "reference": run.reference,
-        "fits": fits,
+        "fits": _fits(device, host, run, available),
+        "max_tokens_per_micro_batch": _most_tokens(shape, run, process, available),
         "device": _gib(device),
         "host": _gib(host),
-        "host_node_gib": node,
+        "host_node_gib": host.total * run.per_node / GIB,
     }
+
+
+def _fits(device: Peak, host: Peak, run: RunShape, available: dict[str, float | None]) -> bool | None:
+    fits = host.total * run.per_node / GIB * SPARE <= (available["host"] or 0.0)
+    if run.cpu or not fits:
+        return fits
+    return None if available["device"] is None else device.total / GIB * SPARE <= available["device"]
+
+
+def _most_tokens(shape: ModelShape, run: RunShape, process: float, available: dict[str, float | None]) -> int | None:
+    """Input tokens of the largest micro-batch that fits, in pairs of the run's length; None where not one pair does."""
+
+    def fits(pairs: int) -> bool:
+        wider = dataclasses.replace(run, pairs=pairs)
+        return bool(_fits(*predict(shape, wider, process, CUDA_RUNTIME), wider, available))
+
+    pairs = bisect.bisect_left(range(1, _MOST_PAIRS), True, key=lambda pairs: not fits(pairs))
+    return dataclasses.replace(run, pairs=pairs).tokens if pairs else None
 
 
 def _gib(peak: Peak) -> dict[str, Any]:

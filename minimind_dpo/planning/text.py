@@ -23,10 +23,15 @@ def render(report: dict[str, Any]) -> str:
                 f"{memory['total_gib']:.2f} GiB, reached in: {memory['phase']}"
             )
             lines += [f"  {purpose:<14}{size:9.3f}" for purpose, size in memory["parts_gib"].items() if size]
-    lines += ["", f"{'configuration':<22}{'device GiB a rank':>18}{'host GiB a machine':>20}  fits"]
+    lines += [
+        "",
+        f"{'configuration':<22}{'device GiB a rank':>18}{'host GiB a machine':>20}  fits  max_tokens_per_micro_batch",
+    ]
     for plan in plans:
         fits = {True: "yes", False: "no", None: "?"}[plan["fits"]]
-        lines.append(f"{plan['name']:<22}{plan['device']['total_gib']:>18.2f}{plan['host_node_gib']:>20.2f}  {fits}")
+        most = "-" if plan["max_tokens_per_micro_batch"] is None else plan["max_tokens_per_micro_batch"]
+        needs = f"{plan['device']['total_gib']:>18.2f}{plan['host_node_gib']:>20.2f}"
+        lines.append(f"{plan['name']:<22}{needs}  {fits:<4}{most:>28}")
     memory = "unknown: name --device_memory_gib" if available["device"] is None else f"{available['device']:.1f} GiB"
     lines.append(f"available: device {memory}, machine {available['host']:.1f} GiB; a tenth is kept to spare")
     if len(plans) > 1 and any(plan["fits"] is not None for plan in plans):

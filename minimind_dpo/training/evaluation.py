@@ -32,6 +32,7 @@ def evaluate(run: Run, data: TokenizedData) -> dict[str, float]:
         world_size=engine.world_size,
         rank=engine.rank,
         micro_batch_size=size,
+        max_tokens=run.config.max_tokens_per_micro_batch,
     )
     was_training = run.scorer.training
     run.scorer.eval()

@@ -80,4 +80,5 @@ class Run:
             world_size=self.engine.world_size,
             rank=self.engine.rank,
             micro_batch_size=self.config.per_device_train_batch_size,
+            max_tokens=self.config.max_tokens_per_micro_batch,
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from minimind_dpo.data.batch import PairBatch
+from minimind_dpo.errors import TrainingError
 from minimind_dpo.objective.step import ScoredPairs, score_batch, score_pairs
 from minimind_dpo.objective.sums import empty_sums, loss_sums
 from minimind_dpo.objective.table import PairTable
@@ -25,7 +26,12 @@ def optimizer_step(run: Run, loaded: LoadedStep, learning_rate: float) -> StepRe
     engine, plan = run.engine, loaded.plan
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate
-    sums = (_go_back_together if run.preference.over_step else _go_back_apart)(run, loaded)
+    try:
+        sums = (_go_back_together if run.preference.over_step else _go_back_apart)(run, loaded)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise TrainingError(_memory_advice(run, loaded)) from error
+        raise
     stop_requests = torch.full((), float(bool(run.stop)), device=engine.device)
     grad_norm = engine.step(run.config.max_grad_norm)
     if run.following is not None:
@@ -79,6 +85,20 @@ def _go_back_together(run: Run, loaded: LoadedStep) -> Tensor:
         losses = loss_sums(found.at(micro_batch.places), scored.aux_losses.detach())
         sums += (scored.sums + losses) * micro_batch.counted
     return sums
+
+
+def _memory_advice(run: Run, loaded: LoadedStep) -> str:
+    """What a step that ran out of memory needed, and what to set."""
+    members = [run.train_data.tokens[micro_batch.pairs] for micro_batch in loaded.plan.micro_batches]
+    largest = max(members, key=lambda tokens: int(tokens.sum()))
+    advice = (
+        f"set max_tokens_per_micro_batch to {largest.sum() // 2} or less" if len(largest) > 1 else "lower max_length"
+    )
+    return (
+        f"out of memory in optimizer step {loaded.plan.step}, whose largest micro-batch here is {len(largest)} pair(s) "
+        f"of {largest.sum()} tokens: {advice}, or gradient_checkpointing: true. The step's mean stays what it is; "
+        "minimind-dpo plan says what fits"
+    )
 
 
 def _score(run: Run, step: int, index: int, batch: PairBatch, ref_per_token_logps: Tensor) -> ScoredPairs:
