@@ -37,6 +37,10 @@ def run(config: TrainConfig, ends_process: bool = False) -> int:
             f"reference: a run with {config.reference} reads no cache, so there is nothing to compute "
             "beforehand; set it to cache, here and in train"
         )
+    if config.sync_ref_model:
+        raise UserError(
+            "sync_ref_model: a reference that follows the policy reads no cache, so there is nothing to compute"
+        )
     if not config.needs_reference:
         raise UserError(f"loss_type: {', '.join(config.loss_type)} reads no reference, so there is nothing to compute")
     from minimind_dpo.training.session import Session  # late: see `_precompute`
@@ -58,7 +62,7 @@ def _precompute(config: TrainConfig, session: Session) -> None:
     from minimind_dpo.reference.digest import reference_digest
     from minimind_dpo.reference.filling import fill_cache
     from minimind_dpo.training.data import load_data, tokenizer_path
-    from minimind_dpo.training.fitting import check_fits
+    from minimind_dpo.training.fitting import check_fits, check_reference_tokenizer
     from minimind_dpo.training.settle import settle
     from minimind_dpo.training.weights import load_reference_start
 
@@ -69,6 +73,8 @@ def _precompute(config: TrainConfig, session: Session) -> None:
         model = load_reference_start(config, engine)
     data = load_data(config, engine, tokenizer, session.stop.signalled)
     check_fits((model,), tokenizer, (data.train, data.eval), config.max_length)
+    if config.ref_model_name_or_path is not None:
+        check_reference_tokenizer(config.ref_model_name_or_path, tokenizer, (data.train, data.eval))
     needed = data.needed()
     digest = reference_digest(model, engine.weights_dtype)
     scorer = engine.freeze(PairScorer(model, config.matmul), False, weight_rounding(config))

@@ -13,7 +13,9 @@ import torch
 from helpers_run import Inputs, run_command, train_here, train_lines, train_on
 
 from minimind_dpo.checkpoints.files import FragmentReader
+from minimind_dpo.config import load_config
 from minimind_dpo.errors import UserError
+from minimind_dpo.precompute import run as precompute
 
 MOVING = {"sync_ref_model": True, "ref_model_sync_steps": 1, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
 ENGINES = [None, "multi_cpu", "ds_zero1_cpu", "ds_zero3_cpu"]
@@ -34,11 +36,17 @@ def test_a_reference_that_becomes_the_policy(inputs: Inputs, tmp_path: Path, eng
 
 
 @pytest.mark.parametrize(
-    ("engine", "precision"), [("single_cpu", "bf16"), ("ds_zero2_cpu", "bf16"), ("single_cpu", "fp16")]
+    ("engine", "precision", "rounding"),
+    [
+        ("single_cpu", "bf16", "dithered"),
+        ("single_cpu", "bf16", "stochastic"),
+        ("ds_zero2_cpu", "bf16", "dithered"),
+        ("single_cpu", "fp16", "nearest"),
+    ],
 )
-def test_in_half_precision_too(inputs: Inputs, tmp_path: Path, engine: str, precision: str) -> None:
+def test_in_half_precision_too(inputs: Inputs, tmp_path: Path, engine: str, precision: str, rounding: str) -> None:
     """Both are rounded alike: what one weight is in products is what the other is."""
-    given = flags(inputs, tmp_path, None, ref_model_mixup_alpha=1.0, max_steps=2)
+    given = flags(inputs, tmp_path, None, ref_model_mixup_alpha=1.0, max_steps=2, weight_rounding=rounding)
     result = run_command(given, f"{engine} --mixed_precision {precision}")
     assert result.returncode == 0, result.stderr
     assert [line["loss"] for line in train_lines(tmp_path)] == pytest.approx([math.log(2)] * 2, abs=1e-6)
@@ -76,7 +84,7 @@ def test_engines_agree(inputs: Inputs, alone: Path, tmp_path: Path, engine: str)
 
 
 def test_a_resumed_run_has_the_same_bits(inputs: Inputs, alone: Path, tmp_path: Path) -> None:
-    """From between two moves, and under another number of ranks to rounding."""
+    """From between two moves."""
     run = tmp_path / "run"
     shutil.copytree(alone, run)
     shutil.rmtree(run / "model")
@@ -86,6 +94,18 @@ def test_a_resumed_run_has_the_same_bits(inputs: Inputs, alone: Path, tmp_path: 
     assert train_here(flags(inputs, run, None, save_steps=1, save_total_limit=0, **options)) == 0
     assert [line["loss"] for line in train_lines(run)] == [line["loss"] for line in train_lines(alone)]
     assert (run / "model/model.safetensors").read_bytes() == (alone / "model/model.safetensors").read_bytes()
+
+
+def test_a_margin_that_starts_anew_is_no_sign_of_nothing_learned(
+    inputs: Inputs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert train_here(flags(inputs, tmp_path, None, ref_model_mixup_alpha=1.0, num_train_epochs=3)) == 0
+    assert "nothing learned" not in caplog.text and len(train_lines(tmp_path)) == 9
+
+
+def test_no_cache_is_filled_for_it(inputs: Inputs, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a reference that follows the policy reads no cache"):
+        precompute(load_config(flags(inputs, tmp_path, None), "precompute"))
 
 
 @pytest.mark.parametrize(

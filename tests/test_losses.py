@@ -274,4 +274,13 @@ def test_a_registration_that_can_not_be(cleared: None) -> None:
         register_loss("mine")(wants)
     with pytest.raises(ValueError, match="slope is set that the function does not take"):
         register_loss("mine", colour=Setting(1.0, "", POSITIVE), slope=Setting(1.0, "", POSITIVE))(wants)
+    with pytest.raises(ValueError, match="earlier_logits are there for losses over_step only"):
+        register_loss("mine")(lambda logits, earlier_logits: logits - earlier_logits)
     assert "mine" not in LOSSES
+
+
+def test_a_loss_gives_one_number_a_pair(cleared: None) -> None:
+    """A mean over what happens to be one batch would depend on how a step is divided."""
+    register_loss("mine")(lambda logits: logits.mean())
+    with pytest.raises(ValueError, match=r"loss 'mine' gives \[\], not one loss for each of 2 pairs"):
+        dpo_losses(pairs(), Preference({"mine": 1.0}))

@@ -13,6 +13,8 @@ from helpers_run import Inputs, lines, run_command, train_here, train_lines, tra
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from minimind_dpo import TrainConfig, train_dpo
+from minimind_dpo.config import load_config
 from minimind_dpo.data.batch import pack_pairs
 from minimind_dpo.errors import UserError
 from minimind_dpo.losses import LOSSES
@@ -150,6 +152,13 @@ def test_no_reference_is_held_where_none_is_read(inputs: Inputs, tmp_path: Path,
         ({"loss_type": "cpo", "f_divergence_type": "forward_kl"}, "forward_kl has no meaning for loss_type cpo"),
         ({"loss_type": ["sigmoid", "aot"], "use_weighting": True}, "use_weighting: pairs have no weight under aot"),
         ({"ld_alpha": 1.5}, "ld_alpha: must be in [0, 1], is 1.5"),
+        ({"ld_alpha": 0.5, "loss_type": "sft"}, "ld_alpha: has a meaning with another loss_type than sft alone only"),
+        (
+            {"f_alpha_divergence_coef": 0.7},
+            "f_alpha_divergence_coef: has a meaning with f_divergence_type: alpha_diver",
+        ),
+        ({"ref_model_sync_steps": 7}, "ref_model_sync_steps: has a meaning with sync_ref_model: true only"),
+        ({"loss_type": ["ipo", "aot"], "loss_weights": [0, 0]}, "loss_weights: expected numbers, not all of them 0"),
     ],
 )
 def test_what_does_not_go_together(inputs: Inputs, tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -158,12 +167,27 @@ def test_what_does_not_go_together(inputs: Inputs, tmp_path: Path, options: dict
     assert message in str(caught.value)
 
 
+def test_several_values_in_one_text(inputs: Inputs, tmp_path: Path) -> None:
+    """As a yaml file or a shell has them."""
+    told = {"loss_type": "sigmoid,sft", "loss_weights": "1.0 0.2"}
+    config = load_config(inputs.flags(tmp_path, **told))
+    assert (config.loss_type, config.loss_weights) == (["sigmoid", "sft"], [1.0, 0.2])
+
+
+def test_settings_of_no_loss_are_refused(inputs: Inputs) -> None:
+    config = TrainConfig(model_name_or_path="m", train_data=["d"], loss_settings={"beta": 3.0})
+    with pytest.raises(UserError, match="loss_settings: beta belongs to no loss"):
+        train_dpo(config)
+
+
 def test_weights_of_pairs_need_a_loss_of_pairs(inputs: Inputs, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in inputs.train_data.read_text().splitlines()]
     rows[3]["weight"] = 2.0
     data = write_jsonl(tmp_path / "weighted.jsonl", rows)
     with pytest.raises(UserError, match="loss_type: aot takes pairs apart, so they can't have weights"):
         train_here(words(inputs, tmp_path / "run", {"train_data": data, "loss_type": ["bco", "aot"]}))
+    with pytest.raises(UserError, match="and eval_data has some"):
+        train_here(words(inputs, tmp_path / "run", {"eval_data": data, "loss_type": "aot"}))
 
 
 def test_margins_are_used_and_kept(inputs: Inputs, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from math import isfinite
+from math import isfinite, nan
 from typing import Any
 
 from minimind_dpo.config.settings import TrainConfig
 from minimind_dpo.losses import LOSSES, own_settings
 
 
+def to_names(value: Any) -> list[str]:
+    """Names, from one text with commas or spaces too."""
+    items = value if isinstance(value, list) else [value]
+    return [part for item in items for part in str(item).replace(",", " ").split()]
+
+
 def to_weights(value: Any) -> list[float]:
     """Numbers, from texts too.
 
     Raises:
-        ValueError: one is none.
+        ValueError: one is none, or all are 0.
     """
-    items = [part for item in (value if isinstance(value, list) else [value]) for part in str(item).split(",")]
     try:
-        weights = [float(item) for item in items]
+        weights = [float(item) for item in to_names(value)]
     except ValueError:
-        raise ValueError(f"expected numbers, found {value!r}") from None
-    if not all(isfinite(weight) for weight in weights):
-        raise ValueError(f"expected finite numbers, found {value!r}")
+        weights = [nan]
+    if not all(isfinite(weight) for weight in weights) or not any(weights):
+        raise ValueError(f"expected numbers, not all of them 0, as in 1.0 0.2; found {value!r}")
     return weights
 
 
@@ -74,12 +79,30 @@ def _setting_problems(config: TrainConfig) -> Iterator[str]:
             if not bounds.holds(getattr(config, setting)):
                 yield f"{setting}: must be {bounds.says} for loss_type {name}, is {getattr(config, setting)}"
     owners = {setting: name for name, loss in LOSSES.items() for setting in loss.settings}
+    yield from _unused(config)
     for name, value in config.loss_settings.items():
         bounds = own_settings()[name].bounds
         if owners[name] not in losses:
             yield f"{name}: belongs to loss_type {owners[name]}, not asked for here; remove it, or ask for that loss"
         elif not bounds.holds(value):
             yield f"{name}: must be {bounds.says}, is {value}"
+
+
+def _unused(config: TrainConfig) -> Iterator[str]:
+    """A message for each setting that another one, left as it is, makes useless."""
+    usual = TrainConfig()
+    for name, used, owner in (
+        (
+            "f_alpha_divergence_coef",
+            config.f_divergence_type == "alpha_divergence",
+            "f_divergence_type: alpha_divergence",
+        ),
+        ("ref_model_mixup_alpha", config.sync_ref_model, "sync_ref_model: true"),
+        ("ref_model_sync_steps", config.sync_ref_model, "sync_ref_model: true"),
+        ("ld_alpha", config.loss_type != ["sft"], "another loss_type than sft alone"),
+    ):
+        if not used and getattr(config, name) != getattr(usual, name):
+            yield f"{name}: has a meaning with {owner} only; set that, or remove it"
 
 
 def _divergence_problems(config: TrainConfig) -> Iterator[str]:
@@ -127,4 +150,4 @@ def _sync_problems(config: TrainConfig) -> Iterator[str]:
         if not fits:
             value = getattr(config, setting)
             named = ", ".join(value) if isinstance(value, list) else value
-            yield f"sync_ref_model: {setting} {named} {remedy}, or sync_ref_model"
+            yield f"sync_ref_model: {setting} {named} {remedy}, or remove sync_ref_model"

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from minimind_dpo.config.data import data_problems, to_columns, to_sources
-from minimind_dpo.config.losses import loss_problems, to_weights, with_loss_settings
+from minimind_dpo.config.losses import loss_problems, to_names, to_weights, with_loss_settings
 from minimind_dpo.config.settings import TrainConfig, as_told
 from minimind_dpo.config.text import TextLoader
 from minimind_dpo.config.weights import weight_problems
@@ -209,6 +209,7 @@ _CONVERSIONS: dict[str, Callable[[Any], Any]] = {
 _OWN_CONVERSIONS: dict[str, Callable[[Any], Any]] = {
     "columns": to_columns,
     "train_data": to_sources,
+    "loss_type": to_names,
     "loss_weights": to_weights,
 }
 

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from minimind_dpo.bounds import DROPOUT, FINITE, MINORITY, NOT_NEGATIVE, POSITIVE, SHARE, STEPS, Bounds
-from minimind_dpo.losses import LOSSES
+from minimind_dpo.errors import UserError
+from minimind_dpo.losses import LOSSES, own_settings
 
 COMPLETION_MASKS = ("all_assistant", "final_turn")
 # Today's date for chat templates that write one: the same data must not differ from day to day.
@@ -214,6 +215,15 @@ def identity(config: TrainConfig) -> dict[str, Any]:
 
 
 def as_told(config: TrainConfig) -> dict[str, Any]:
-    """A configuration as yaml has it: what `make_config` makes the same of."""
+    """A configuration as yaml has it: what `make_config` makes the same of.
+
+    Raises:
+        UserError: `loss_settings` names what is no loss's own.
+    """
     told = asdict(config)
-    return told | told.pop("loss_settings")
+    own = told.pop("loss_settings")
+    if foreign := own.keys() - own_settings().keys():
+        raise UserError(
+            f"loss_settings: {', '.join(sorted(foreign))} belongs to no loss; it has {', '.join(own_settings())}"
+        )
+    return told | own

@@ -137,6 +137,8 @@ def register_loss(
                 f"loss {name!r}: {', '.join(unknown) or 'nothing'} is asked for that is no input ({', '.join(INPUTS)}) "
                 f"and no setting; {', '.join(unread) or 'nothing'} is set that the function does not take"
             )
+        if "earlier_logits" in names and not over_step:
+            raise ValueError(f"loss {name!r}: earlier_logits are there for losses over_step only")
         LOSSES[name] = Loss(function, over_step, weighs_pairs, settings, limits or {}, names)
         return function
 

@@ -112,6 +112,10 @@ def dpo_losses(pairs: PairLogps, preference: Preference, earlier_logits: Tensor 
     for name in preference.weights:
         loss = LOSSES[name]
         values = loss.function(**{wanted: inputs[wanted] for wanted in loss.names})
+        if values.shape != pairs.weights.shape:
+            raise ValueError(
+                f"loss {name!r} gives {list(values.shape)}, not one loss for each of {len(pairs.weights)} pairs"
+            )
         parts[name] = pairs.weights * values if loss.weighs_pairs else values
     if not preference.parts:
         ((name, weight),) = preference.weights.items()
@@ -122,7 +126,9 @@ def dpo_losses(pairs: PairLogps, preference: Preference, earlier_logits: Tensor 
 
 def next_running_logits(pairs: PairLogps, preference: Preference, earlier: Tensor | float) -> Tensor:
     """The running mean of `logits` after a step of `pairs`."""
-    return running_mean(torch.as_tensor(earlier), _inputs(pairs, preference)["logits"].mean().detach())
+    return running_mean(
+        torch.as_tensor(earlier, dtype=torch.float64), _inputs(pairs, preference)["logits"].mean().detach()
+    )
 
 
 def _inputs(pairs: PairLogps, preference: Preference) -> dict[str, Tensor]:

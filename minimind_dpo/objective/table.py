@@ -37,7 +37,7 @@ class PairTable:
 
     def derive(
         self, total: Callable[[Tensor], Tensor], preference: Preference, earlier_logits: float
-    ) -> tuple[StepLosses, Tensor]:
+    ) -> tuple[StepLosses, float | Tensor]:
         """The losses of all pairs and their slopes, and the running mean of logits after the step. Collective.
 
         Args:
@@ -52,7 +52,9 @@ class PairTable:
             losses = dpo_losses(pairs, preference, earlier_logits)
             (slopes,) = torch.autograd.grad(losses.total.sum(), leaf)
         found = PairLosses(losses.total.detach(), losses.parts)
-        running = next_running_logits(PairLogps(*values.detach().unbind(dim=1)), preference, earlier_logits)
+        running: float | Tensor = earlier_logits
+        if preference.remembers:
+            running = next_running_logits(PairLogps(*values.detach().unbind(dim=1)), preference, earlier_logits)
         return StepLosses(found, slopes, self._own), running
 
 

@@ -61,11 +61,15 @@ class FollowingReference:
         """Move if it is time to. Collective."""
         if step % self._every == 0:
             self._engine.move_reference(self._share)
-            self.bring_up()
+            self.bring_up(step)
 
     @torch.no_grad()
-    def bring_up(self) -> None:
-        """Give the model that scores the values of now: after a move, and after a checkpoint was loaded. Collective."""
+    def bring_up(self, step: int) -> None:
+        """Give the model that scores the values of now: after a move, and after a checkpoint was loaded. Collective.
+
+        Half-precision ones are rounded as the policy's are after `step`, or after the newest move before it.
+        """
+        moved = step - step % self._every
         held: dict[str, list[Any]] = {}
         for fragment in self._engine.fragments():
             held.setdefault(fragment.name, []).append(fragment)
@@ -75,11 +79,11 @@ class FollowingReference:
                 part = fragment.states["reference"]
                 values[fragment.start : fragment.start + len(part)] = part.to(values.device)
             whole = self._engine.sum(values) if self._engine.divides_states else values
-            self._write(name, whole.view(shape))
+            self._write(name, whole.view(shape), moved)
 
-    def _write(self, name: str, whole: Tensor) -> None:
+    def _write(self, name: str, whole: Tensor, step: int) -> None:
         parameters = {id(parameter): parameter for parameter in (getattr(*place) for place in self._places[name])}
         for parameter in parameters.values():
             with gathered([parameter], modify=True):
                 half = parameter.dtype != torch.float32
-                parameter.copy_(rounded(whole, parameter.dtype, self._rounding, name) if half else whole)
+                parameter.copy_(rounded(whole, parameter.dtype, self._rounding, name, step=step) if half else whole)

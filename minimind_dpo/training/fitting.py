@@ -80,8 +80,13 @@ def _first_used(tables: Iterable[Any], ids: list[int]) -> int | None:
     return None
 
 
-def check_loss(losses: Iterable[str], data: TokenizedData) -> bool:
+def check_loss(losses: Iterable[str], data: TokenizedData, name: str) -> bool:
     """Whether the pairs' own target margins are used; weights that a loss has no use for are refused.
+
+    Args:
+        losses: of the run.
+        data: some of its pairs.
+        name: the setting that they come from.
 
     Raises:
         UserError: pairs have weights, and a loss takes pairs apart.
@@ -91,14 +96,15 @@ def check_loss(losses: Iterable[str], data: TokenizedData) -> bool:
     weighing = [name for name, loss in wanted.items() if not loss.weighs_pairs]
     if weighing and any(_any(batch, "weight", 1.0) for batch in table.select_columns(["weight"]).iter(4096)):
         raise UserError(
-            f"loss_type: {', '.join(weighing)} takes pairs apart, so they can't have weights, and train_data has some "
+            f"loss_type: {', '.join(weighing)} takes pairs apart, so they can't have weights, and {name} has some "
             "(the rows' weight, or that of a source); remove them, or take another loss_type"
         )
     if not any(_any(batch, "margin", 0.0) for batch in table.select_columns(["margin"]).iter(4096)):
         return False
     used = [name for name, loss in wanted.items() if "margins" in loss.names]
     logger.info(
-        "pairs have target margins (column margin): %s",
+        "%s: pairs have target margins (column margin): %s",
+        name,
         f"used by {', '.join(used)}" if used else f"not used, since {', '.join(wanted)} has none",
     )
     return bool(used)

@@ -155,7 +155,8 @@ class HealthWatch:
 
     def __init__(self, run: Run, schedule: Callable[[int], float]):
         self._run, self._schedule = run, schedule
-        self._checks = list(CHECKS) if run.config.needs_reference else []  # they tell distances from it
+        # they tell distances from a reference that stays where it is
+        self._checks = list(CHECKS) if run.config.needs_reference and not run.config.sync_ref_model else []
         self._stretches = [Stretch()]
         self._length = min(max(run.state.total_steps // 8, _LEAST_STEPS), _MOST_STEPS)
         self._spikes = Spikes()

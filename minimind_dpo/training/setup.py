@@ -112,13 +112,15 @@ def _known(
     check_fits(models, tokenizer, tokenized, config.max_length)
     if config.ref_model_name_or_path is not None:
         check_reference_tokenizer(config.ref_model_name_or_path, tokenizer, tokenized)
-    return {"margins": "used"} if check_loss(config.loss_type, data.train) else {}
+    if data.eval is not None:
+        check_loss(config.loss_type, data.eval, "eval_data" if config.eval_data else "eval_split")
+    return {"margins": "used"} if check_loss(config.loss_type, data.train, "train_data") else {}
 
 
 def _go_on(checkpoint: Path, engine: Engine, following: FollowingReference | None) -> None:
     state = load_checkpoint(checkpoint, engine)
     if following is not None:
-        following.bring_up()
+        following.bring_up(state.step)
     logger.info("resuming after step %d from %s", state.step, checkpoint)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 
 import torch
@@ -73,8 +74,8 @@ def _go_back_together(run: Run, loaded: LoadedStep) -> Tensor:
         if micro_batch.counted:
             table.put(micro_batch.places, scored.logps)
     found, running = table.derive(engine.sum, preference, run.state.running_logits)
-    if preference.remembers and running.isfinite():
-        run.state.running_logits = float(running)
+    if preference.remembers and math.isfinite(mean := float(running)):
+        run.state.running_logits = mean
     for index, micro_batch in enumerate(plan.micro_batches):
         last = index == len(plan.micro_batches) - 1
         with nullcontext() if once else engine.accumulate(last):
