@@ -406,7 +406,7 @@ def test_the_page_of_several_sources(tmp_path: Path, tokenizer: str, capsys: pyt
         (["--data", "absent.jsonl"], "absent.jsonl: no such file"),
         (["--max_length", "1"], "max_length must be at least 2"),
         (["--ledger", "."], "a directory; --ledger names the file"),
-        (["--ledger", "/dev/null/x"], "/dev/null/x: can't be written"),
+        (["--ledger", "/dev/null/x"], "--ledger: cannot write to /dev/null"),
         (["--completion_mask", "none"], "invalid choice"),
         (["--eval_data", "absent.jsonl"], "absent.jsonl: no such file"),
     ],

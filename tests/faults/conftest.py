@@ -6,13 +6,27 @@ import os
 import platform
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from faults.runs import Alone, Forks
+from helpers_run import Inputs
 
 BEGIN, END = "<!-- written by make faults -->\n", "<!-- until here -->\n"
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    program = Forks()
+    yield program
+    program.close()
+
+
+@pytest.fixture(scope="module")
+def alone(forks: Forks, inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    return Alone(forks, inputs, tmp_path_factory.mktemp("alone"))
 
 
 @pytest.fixture(autouse=True)

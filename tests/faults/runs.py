@@ -33,7 +33,10 @@ DEEPSPEED = {"ds_zero2_cpu": "zero2_cpu", "ds_zero3_cpu": "zero3_cpu"}
 
 @dataclass(frozen=True)
 class Bomb:
-    """A signal to one rank's process at the nth call of a function of the package, before or after it."""
+    """A signal to one rank's process at the nth call of a function of the package, before or after it.
+
+    Where it `fills` a disk, the signal is not sent: there is no room left on it instead.
+    """
 
     module: str
     name: str
@@ -41,6 +44,7 @@ class Bomb:
     when: str = "before"
     rank: int = 0
     signal: int = int(signal.SIGKILL)
+    fills: str | None = None
 
     def __str__(self) -> str:
         return f"{self.when} {self.module}.{self.name} {self.nth}"
@@ -54,14 +58,23 @@ class Forks:
     """The program that forks runs; one process serves many."""
 
     def __init__(self) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
+        paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": paths}
         self._process = subprocess.Popen(
             [sys.executable, str(PROGRAM)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def run(self, flags: list[str], directory: Path, engine: str | None = None, bomb: Bomb | None = None) -> list[int]:
+    def run(
+        self,
+        flags: list[str],
+        directory: Path,
+        engine: str | None = None,
+        bomb: Bomb | None = None,
+        forgets: str | None = None,
+        **variables: str,
+    ) -> list[int]:
         """Exit codes of a run's ranks: one, or two under `engine`. What they print goes to `directory`/log."""
-        environment = {"MINIMIND_DPO_CACHE": str(directory / "cache")}
+        environment = {"MINIMIND_DPO_CACHE": str(directory / "cache")} | variables
         if engine is not None:
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         if engine in DEEPSPEED:
@@ -74,6 +87,7 @@ class Forks:
             "log": str(directory / "log"),
             "pairs": str(directory / "pairs"),
             "bomb": None if bomb is None else bomb.told(),
+            "forgets": forgets,
         }
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(job) + "\n")
@@ -85,6 +99,28 @@ class Forks:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(timeout=60)
+
+
+class Alone:
+    """The oracle of a run that was left alone, for each engine; made when it is first asked for."""
+
+    def __init__(self, forks: Forks, inputs: Inputs, directory: Path) -> None:
+        self._forks, self._inputs, self._directory = forks, inputs, directory
+        self._known: dict[str, str] = {}
+
+    def __call__(self, engine: str | None) -> str:
+        if (name := str(engine)) not in self._known:
+            place = self._directory / name
+            place.mkdir()
+            self._known[name] = goes_on(self._forks, self._inputs, place, engine)
+        return self._known[name]
+
+
+def goes_on(forks: Forks, inputs: Inputs, directory: Path, engine: str | None) -> str:
+    """The oracle of the run in `directory` once it is started, or started again, and ends."""
+    codes = forks.run(flags_of(inputs, directory), directory, engine)
+    assert set(codes) == {0}, (directory / "log").read_text("utf-8")
+    return oracle(directory)
 
 
 def _free_port() -> int:

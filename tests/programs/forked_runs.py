@@ -2,8 +2,9 @@
 
 A job: `flags`; `ranks` and `environment` of each; `log`, a file for what they print; `pairs`, where each rank writes
 which pairs every optimizer step took; `bomb`, if something shall happen amid the run: {"module", "name", "nth", "when":
-"before" or "after", "rank", "signal"} sends a signal to that rank's process at the nth call of a function. Answered is
-a line with the ranks' exit codes. As under a launcher, ranks are killed once another one has failed.
+"before" or "after", "rank", "signal", "fills"} sends a signal to that rank's process at the nth call of a function, or
+leaves no room on the disk `fills`; `forgets`, a value that the engine leaves out of checkpoints. Answered is a line
+with the ranks' exit codes. As under a launcher, ranks are killed once another one has failed.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import signal
 import sys
 import traceback
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import deepspeed  # noqa: F401  # a fork has it then
 import torch
+from helpers_disk import fill
 
 import minimind_dpo.training.loop as loop
 import minimind_dpo.training.run_directory
@@ -26,11 +29,13 @@ import minimind_dpo.training.session
 import minimind_dpo.training.setup  # noqa: F401
 from minimind_dpo.config import load_config
 from minimind_dpo.ending import Ending
+from minimind_dpo.engine.plain import Plain
 from minimind_dpo.train import run
 
 
 def set_bomb(bomb: dict[str, Any]) -> None:
-    """Make the nth call of a function send this process a signal."""
+    """Make the nth call of a function send this process a signal, or fill a disk."""
+    strike = partial(fill, Path(bomb["fills"])) if bomb["fills"] else partial(os.kill, os.getpid(), bomb["signal"])
     module = importlib.import_module(bomb["module"])
     honest, calls = getattr(module, bomb["name"]), 0
 
@@ -38,10 +43,10 @@ def set_bomb(bomb: dict[str, Any]) -> None:
         nonlocal calls
         calls += 1
         if calls == bomb["nth"] and bomb["when"] == "before":
-            os.kill(os.getpid(), bomb["signal"])
+            strike()
         result = honest(*args, **kwargs)
         if calls == bomb["nth"] and bomb["when"] == "after":
-            os.kill(os.getpid(), bomb["signal"])
+            strike()
         return result
 
     setattr(module, bomb["name"], exploding)
@@ -61,6 +66,12 @@ def record_pairs(path: str) -> None:
     loop.optimizer_step = recording
 
 
+def forget(name: str) -> None:
+    """Leave a value of the engine out of every checkpoint."""
+    honest = Plain.scalars
+    Plain.scalars = lambda engine: {key: value for key, value in honest(engine).items() if key != name}
+
+
 def work(job: dict[str, Any], rank: int) -> NoReturn:
     """One rank of a run."""
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -76,6 +87,8 @@ def work(job: dict[str, Any], rank: int) -> NoReturn:
         record_pairs(f"{job['pairs']}-{rank}")
         if job.get("bomb") and job["bomb"]["rank"] == rank:
             set_bomb(job["bomb"])
+        if job["forgets"]:
+            forget(job["forgets"])
         with Ending() as ending:
             ending.code = run(load_config(job["flags"]), ends_process=True)
         code = ending.code
