@@ -22,6 +22,8 @@ LOGGERS = (
     "bitsandbytes",
     "torch.distributed.elastic",
 )  # those whose level a command sets
+# pytest in the background of a script would hand it on as ignored to what tests start and interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
