@@ -1,4 +1,4 @@
-"""A rank that neither works nor leaves, as a process that is stopped or a node that hangs: the others do not wait on."""
+"""A rank that neither works nor leaves, as a process that is stopped or a node that hangs: the others leave."""
 
 from __future__ import annotations
 
