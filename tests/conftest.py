@@ -12,6 +12,7 @@ import pytest
 from helpers_run import Inputs, make_inputs
 
 from minimind_dpo.ending import STOP_SIGNALS
+from minimind_dpo.report import page
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -34,6 +35,14 @@ def shared_dir() -> Path:
     if not path.is_dir():
         pytest.skip("the measured fixtures (../shared/fixtures) are not beside this checkout")
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_curves() -> Iterator[None]:
+    """Drawing a report's curves takes as long as a short run: only tests of the report, and commands, draw them."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(page, "curves", lambda rows: [])
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -8,10 +8,16 @@ from pathlib import Path
 import pytest
 
 from minimind_dpo.errors import UserError
-from minimind_dpo.report.curves import series
+from minimind_dpo.report import page
+from minimind_dpo.report.curves import curves, series
 from minimind_dpo.report.page import headlines, write_report
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+@pytest.fixture(autouse=True)
+def with_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "curves", curves)
 
 
 class Page(HTMLParser):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from helpers_run import REPOSITORY, Inputs
 
 from minimind_dpo.checkpoints.files import FragmentReader
@@ -29,6 +30,11 @@ OPTIONS: dict[str, Any] = {
     "ddp_timeout": 60,
 }
 DEEPSPEED = {"ds_zero2_cpu": "zero2_cpu", "ds_zero3_cpu": "zero3_cpu"}
+
+
+def group(engine: str | None) -> pytest.MarkDecorator:
+    """Tests of one engine go side by side with those of another, and share a program that forks their runs."""
+    return pytest.mark.xdist_group(f"faults of {engine or 'plain'}")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from faults import runs
-from faults.runs import Alone, Bomb, Forks, goes_on, oracle
+from faults.runs import Alone, Bomb, Forks, goes_on, group, oracle
 from helpers_disk import BALLAST, fill, make_room, small_disk
 from helpers_run import Inputs
 
@@ -218,8 +218,9 @@ def test_a_full_disk_leaves_no_half_ledger(inputs: Inputs, disk: Path, capsys: p
 
 
 @pytest.mark.faults
-@pytest.mark.xdist_group("faults")
-@pytest.mark.parametrize("engine", ["multi_cpu", "ds_zero2_cpu", "ds_zero3_cpu"])
+@pytest.mark.parametrize(
+    "engine", [pytest.param(engine, marks=group(engine)) for engine in ("multi_cpu", "ds_zero2_cpu", "ds_zero3_cpu")]
+)
 @pytest.mark.parametrize(
     ("rank", "module", "name"),
     [

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from faults.runs import Alone, Bomb, Forks, flags_of, goes_on
+from faults.runs import Alone, Bomb, Forks, flags_of, goes_on, group
 from helpers_run import Inputs
 
 ENGINES = (None, "multi_cpu", "ds_zero2_cpu", "ds_zero3_cpu")
@@ -33,13 +33,15 @@ QUICK = [STEPS[4], AMID_STEPS[1], EVALUATIONS[1], WRITES[9], WRITES[20]]
 
 
 def cases(bombs: list[Bomb], engine: str | None, quick: list[Bomb]) -> list[object]:
+    name = engine or "plain"
     return [
-        pytest.param(engine, bomb, id=f"{engine or 'plain'}: {bomb}", marks=[] if bomb in quick else pytest.mark.faults)
+        pytest.param(
+            engine, bomb, id=f"{name}: {bomb}", marks=[group(engine), *([] if bomb in quick else [pytest.mark.faults])]
+        )
         for bomb in bombs
     ]
 
 
-@pytest.mark.xdist_group("faults")
 @pytest.mark.parametrize(
     ("engine", "bomb"),
     [*cases(BOMBS, None, QUICK), *(case for engine in ENGINES[1:] for case in cases(BOMBS, engine, []))],
@@ -54,8 +56,7 @@ def test_a_kill_changes_nothing(
 
 
 @pytest.mark.faults
-@pytest.mark.xdist_group("faults")
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [pytest.param(engine, marks=group(engine)) for engine in ENGINES])
 @pytest.mark.parametrize("seed", range(25))
 def test_random_kills_change_nothing(
     forks: Forks, alone: Alone, inputs: Inputs, tmp_path: Path, engine: str | None, seed: int
@@ -83,7 +84,6 @@ SIGNALLED = [
 ]
 
 
-@pytest.mark.xdist_group("faults")
 @pytest.mark.parametrize(
     ("engine", "bomb"),
     [

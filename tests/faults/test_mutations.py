@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.runs import Forks, oracle
+from faults.runs import Forks, group, oracle
 from helpers_run import Inputs, train_here
 
 from minimind_dpo.checkpoints.files import FragmentReader
@@ -107,7 +107,7 @@ def test_what_an_identity_lacks_is_noticed(inputs: Inputs, tmp_path: Path, lost:
 
 
 @pytest.mark.faults
-@pytest.mark.xdist_group("faults")
+@group(None)
 def test_a_lost_count_of_rounding_steps_shows_in_the_bits(forks: Forks, inputs: Inputs, tmp_path: Path) -> None:
     """A checkpoint that lacks the step of stochastic rounding gives other bits."""
     ends = {}

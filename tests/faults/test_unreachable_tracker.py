@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from faults.runs import Alone, Forks, flags_of, oracle
+from faults.runs import Alone, Forks, flags_of, group, oracle
 from helpers_run import Inputs
 
 NOWHERE = {  # nobody listens on the port "discard" of this machine
@@ -17,7 +17,7 @@ NOWHERE = {  # nobody listens on the port "discard" of this machine
 
 
 @pytest.mark.faults
-@pytest.mark.xdist_group("faults")
+@group(None)
 def test_a_tracker_out_of_reach_ends_the_run_before_its_first_step(
     forks: Forks, alone: Alone, inputs: Inputs, tmp_path: Path
 ) -> None:
