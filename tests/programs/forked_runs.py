@@ -35,7 +35,6 @@ from minimind_dpo.ending import Ending
 from minimind_dpo.engine.plain import Plain
 from minimind_dpo.train import run
 
-
 IMPORTED = Path(tempfile.mkdtemp()) / "modules"
 page.curves = lambda rows: []  # half of a short run's time, and nothing here looks at them
 
