@@ -134,6 +134,22 @@ def test_users_mistakes(tmp_path):
         write_report(tmp_path)
 
 
+@pytest.mark.parametrize("content", [b"[1]\n[2]\n", b"{broken\n{}\n", b"\xff\xfe\n{}\n", b"[" * 100_000 + b"\n{}\n"])
+def test_damaged_replies_are_left_out_and_told(tmp_path, caplog, content):
+    (make_run(tmp_path) / "replies.jsonl").write_bytes(content)
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert "script>" not in "".join(page.text)
+    assert "replies.jsonl:1: not a JSON object" in caplog.text and "the report shows no replies" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "config.yaml"])
+@pytest.mark.parametrize("content", [b"[1]\n{}\n", b"\xff\xfe\n{}\n", b"[" * 100_000 + b"\n{}\n", b"{'a\n{}\n"])
+def test_what_the_run_wrote_and_is_damaged_is_one_error(tmp_path, name, content):
+    (make_run(tmp_path) / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}.*: not a (JSON|YAML) object"):
+        write_report(tmp_path)
+
+
 def test_series_keeps_finite_points_of_the_lines_that_have_the_key():
     rows = [{"step": 1, "loss": 0.5}, {"step": 1, "eval_loss": 0.4}, {"step": 2, "loss": math.nan},
             {"step": 3, "loss": 0.25}, {"step": 4, "loss": None}]  # fmt: skip

@@ -190,6 +190,8 @@ def _write_model(run: Run, directory: Path) -> None:
     if has_adapters(run.policy):
         with _replacing_on_main(run.engine, directory / "adapter") as adapter:
             save_adapter(run.policy, adapter)
+            if adapter is not None:
+                seal_model(adapter)
         with run.engine.autocast():
             expected = probe(run.policy)
     with _replacing_on_main(run.engine, directory / "model") as model:
