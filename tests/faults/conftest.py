@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.runs import Alone, Forks
+from faults.runs import Alone
+from helpers_forks import Forks
 from helpers_run import Inputs
 
 BEGIN, END = "<!-- written by make faults -->\n", "<!-- until here -->\n"

@@ -17,8 +17,9 @@ from typing import Any
 
 import pytest
 from faults import runs
-from faults.runs import Alone, Bomb, Forks, goes_on, group, oracle
+from faults.runs import Alone, goes_on, group, oracle
 from helpers_disk import BALLAST, fill, make_room, small_disk
+from helpers_forks import Bomb, Forks
 from helpers_run import Inputs
 
 from minimind_dpo.checkpoints.directory import checkpoint_problem

@@ -7,7 +7,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from faults.runs import Alone, Bomb, Forks, flags_of, goes_on, group
+from faults.runs import Alone, flags_of, goes_on, group
+from helpers_forks import Bomb, Forks
 from helpers_run import Inputs
 
 ENGINES = (None, "multi_cpu", "ds_zero2_cpu", "ds_zero3_cpu")

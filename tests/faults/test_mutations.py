@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.runs import Forks, group, oracle
+from faults.runs import group, oracle
+from helpers_forks import Forks
 from helpers_run import Inputs, train_here
 
 from minimind_dpo.checkpoints.files import FragmentReader

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from faults.runs import Alone, Forks, flags_of, group, oracle
+from faults.runs import Alone, flags_of, group, oracle
+from helpers_forks import Forks
 from helpers_run import Inputs
 
 NOWHERE = {  # nobody listens on the port "discard" of this machine

@@ -84,7 +84,7 @@ def work(job: dict[str, Any], rank: int) -> NoReturn:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(job["environment"])
-    if job["ranks"] > 1:
+    if "MASTER_ADDR" in job["environment"]:  # as under a launcher, be it with a single rank
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]))
         os.environ.update(LOCAL_WORLD_SIZE=str(job["ranks"]))
     torch.set_num_threads(1)
