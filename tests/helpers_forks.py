@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from helpers_run import REPOSITORY
 
 PROGRAM = REPOSITORY / "tests" / "programs" / "forked_runs.py"
@@ -82,7 +82,7 @@ class Forks:
         """
         ranks, environment = (1, {}) if engine is None else launched(engine)
         environment = {"MINIMIND_DPO_CACHE": str(directory / "cache")} | environment | variables
-        if engine is not None:
+        if ranks > 1 or "ACCELERATE_USE_DEEPSPEED" in environment:
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         job = {
             "flags": flags,
@@ -112,8 +112,11 @@ def launched(engine: str) -> tuple[int, dict[str, str]]:
     file = REPOSITORY / "configs" / "accelerate" / f"{name}.yaml"
     args = launch_command_parser().parse_args(["--config_file", str(file), *flags, "program"])
     args, defaults, _ = _validate_launch_command(args)
-    args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
-    surroundings = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
+    args.deepspeed_fields_from_accelerate_config = ",".join(getattr(defaults, "deepspeed_config", {}))
+    if args.use_deepspeed:
+        surroundings = prepare_deepspeed_cmd_env(args)[1]
+    else:
+        surroundings = prepare_multi_gpu_env(args) if args.multi_gpu else prepare_simple_launcher_cmd_env(args)[1]
     return args.num_processes, {key: value for key, value in surroundings.items() if key.startswith("ACCELERATE_")}
 
 
