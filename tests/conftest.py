@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers_forks import Forks
 from helpers_run import Inputs, make_inputs
 
 from minimind_dpo.ending import STOP_SIGNALS
@@ -74,3 +75,11 @@ def process_as_before() -> Iterator[None]:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     """A tiny model with its tokenizer, 21 training pairs and 5 held-out pairs."""
     return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    """A program that forks runs, shared by a module's tests."""
+    program = Forks()
+    yield program
+    program.close()

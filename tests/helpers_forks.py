@@ -18,7 +18,7 @@ from typing import Any
 
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
-from helpers_run import REPOSITORY
+from helpers_run import REPOSITORY, train_here
 
 PROGRAM = REPOSITORY / "tests" / "programs" / "forked_runs.py"
 
@@ -103,6 +103,14 @@ class Forks:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(timeout=60)
+
+
+def train_on(engine: str | None, flags: list[str], forks: Forks, directory: Path) -> None:
+    """Train to the end: in this process, or in forked ones under one of the project's configurations."""
+    if engine is None:
+        assert train_here(flags) == 0
+    else:
+        assert set(forks.run(flags, directory, engine)) == {0}, (directory / "log").read_text("utf-8")
 
 
 @cache

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,13 +42,6 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("engines")
     make_inputs(directory / "inputs")
     return directory
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    program = Forks()
-    yield program
-    program.close()
 
 
 def trained(

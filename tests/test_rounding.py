@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -220,13 +220,6 @@ def flags(model: Path, output_dir: Path, **options: Any) -> list[str]:
     pairs = (ASSETS / "train.jsonl").read_text("utf-8").splitlines()[:16]
     (output_dir.parent / "pairs.jsonl").write_text("\n".join(pairs) + "\n", "utf-8")
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    program = Forks()
-    yield program
-    program.close()
 
 
 Runs = Callable[..., str]

@@ -6,7 +6,7 @@ import os
 import platform
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,6 @@ from helpers_forks import Forks
 from helpers_run import Inputs
 
 BEGIN, END = "<!-- written by make faults -->\n", "<!-- until here -->\n"
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    program = Forks()
-    yield program
-    program.close()
 
 
 @pytest.fixture(scope="module")
