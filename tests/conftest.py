@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers_forks import Forks
 from helpers_run import Inputs, make_inputs
 
 from minimind_dpo.ending import STOP_SIGNALS
+from minimind_dpo.report import page
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -22,6 +24,8 @@ LOGGERS = (
     "bitsandbytes",
     "torch.distributed.elastic",
 )  # those whose level a command sets
+# pytest in the background of a script would hand it on as ignored to what tests start and interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -32,6 +36,14 @@ def shared_dir() -> Path:
     if not path.is_dir():
         pytest.skip("the measured fixtures (../shared/fixtures) are not beside this checkout")
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_curves() -> Iterator[None]:
+    """Drawing a report's curves takes as long as a short run: only tests of the report, and commands, draw them."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(page, "curves", lambda rows: [])
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -63,3 +75,11 @@ def process_as_before() -> Iterator[None]:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     """A tiny model with its tokenizer, 21 training pairs and 5 held-out pairs."""
     return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    """A program that forks runs, shared by a module's tests."""
+    program = Forks()
+    yield program
+    program.close()

@@ -98,15 +98,6 @@ def train_here(flags: list[str]) -> int:
     return run(load_config(flags))
 
 
-def train_on(engine: str | None, flags: list[str]) -> None:
-    """Train to the end: in this process, or by the real command with one of the project's configurations."""
-    if engine is None:
-        assert train_here(flags) == 0
-    else:
-        result = run_command(flags, engine)
-        assert result.returncode == 0, result.stderr
-
-
 def command(flags: list[str], accelerate: str | None = None) -> list[str]:
     """The real command line: plain, or through `accelerate launch` with one of the project's configurations.
 

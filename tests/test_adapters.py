@@ -220,6 +220,24 @@ def test_an_adapter_directory_is_a_policy_and_its_own_reference(
     assert (written / "tokenizer.json").is_file()
 
 
+def test_a_damaged_adapter_is_refused(tmp_path: Path, inputs: Inputs, caplog: pytest.LogCaptureFixture) -> None:
+    """As model/: weights that are not what was written are refused, of settings it is told."""
+    assert train_here(inputs.flags(tmp_path / "run", lora_r=2, max_steps=1)) == 0
+    adapter = tmp_path / "run" / "adapter"
+    for name in ("adapter_model.safetensors", "adapter_config.json", "base_model.json"):
+        whole = (adapter / name).read_bytes()
+        (adapter / name).write_bytes(whole[:-9] + b"?" + whole[-8:])
+        with pytest.raises(UserError, match="adapter_model.safetensors: damaged" if "safe" in name else "damaged, "):
+            load_model(adapter)
+        (adapter / name).write_bytes(whole + b" ")
+        caplog.clear()
+        if "safe" not in name:
+            load_model(adapter)
+            assert f"{name}: not what was written" in caplog.text
+        (adapter / name).write_bytes(whole)
+    assert load_model(adapter) is not None and caplog.text.count("not what was written") == 1
+
+
 def test_another_base_than_the_matrices_were_trained_beside(tmp_path: Path, inputs: Inputs) -> None:
     own = inputs_with(tmp_path, inputs, "llama")
     assert train_here(own.flags(tmp_path / "run", lora_r=2, max_steps=1, save_steps=1)) == 0

@@ -207,6 +207,14 @@ def test_a_template_that_hides_turns(tmp_path: Path, check: Any) -> None:
     assert (code, report["kept"], found(report)) == (0, 20, {"template_hides_turns": (1, [f"{path}:21"])})
 
 
+def test_a_templates_day_is_that_of_training(tmp_path: Path, check: Any) -> None:
+    """A day that ends no answer with an end token would be found."""
+    template = NO_END.replace("\n{% endfor", "{% if strftime_now('%Y') == '2031' %}<|im_end|>{% endif %}\n{% endfor")
+    path, dated = write_jsonl(tmp_path / "f.jsonl", clean_rows(3)), save_tokenizer(tmp_path / "a", template)
+    assert list(found(check(path, tokenizer=dated)[1])) == ["missing_end_token"]
+    assert found(check(path, tokenizer=dated, template_date="2031-03-05")[1]) == {}
+
+
 def test_plain_texts_without_a_template(tmp_path: Path, check: Any) -> None:
     tiny_tokenizer(None).save_pretrained(tmp_path / "a")
     rows = [{"prompt": f"<|im_start|>a question {i}", "chosen": "a", "rejected": "b"} for i in range(5)]
@@ -406,7 +414,7 @@ def test_the_page_of_several_sources(tmp_path: Path, tokenizer: str, capsys: pyt
         (["--data", "absent.jsonl"], "absent.jsonl: no such file"),
         (["--max_length", "1"], "max_length must be at least 2"),
         (["--ledger", "."], "a directory; --ledger names the file"),
-        (["--ledger", "/dev/null/x"], "/dev/null/x: can't be written"),
+        (["--ledger", "/dev/null/x"], "--ledger: cannot write to /dev/null"),
         (["--completion_mask", "none"], "invalid choice"),
         (["--eval_data", "absent.jsonl"], "absent.jsonl: no such file"),
     ],

@@ -54,6 +54,18 @@ def test_options(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert len(short["chosen"]["completion_mask"]) == 9 and short["shared_prefix_tokens"] == 8
 
 
+def test_a_templates_day_is_that_of_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d %m %Y') }}" + tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path / "dated")
+    argv = ["--data", write_jsonl(tmp_path / "f.jsonl", [row("q")]), "--tokenizer", str(tmp_path / "dated")]
+    assert shown(capsys, argv)["chosen"]["text"].startswith("26 07 2024")
+    assert shown(capsys, [*argv, "--template_date", "2031-03-05"])["chosen"]["text"].startswith("05 03 2031")
+    with pytest.raises(SystemExit) as stopped:
+        run_inspect([*argv, "--template_date", "today"])
+    assert stopped.value.code == 2 and "expected a day as 2024-07-26, found 'today'" in capsys.readouterr().err
+
+
 def test_a_pair_that_would_be_dropped_is_shown_with_the_reason(
     files: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

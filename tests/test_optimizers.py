@@ -11,7 +11,8 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers_run import Inputs, make_inputs, run_command, same_bits, train_here, train_on
+from helpers_forks import Forks, train_on
+from helpers_run import Inputs, make_inputs, run_command, same_bits, train_here
 from safetensors import safe_open
 from torch import nn
 
@@ -163,13 +164,15 @@ def test_without_bitsandbytes_one_sentence_says_what_to_install() -> None:
 
 @pytest.mark.parametrize("engine", [None, "multi_cpu"])
 @pytest.mark.parametrize("optim", ALL[1:])
-def test_a_resumed_run_has_the_same_bits(tiny: Inputs, tmp_path: Path, optim: str, engine: str | None) -> None:
+def test_a_resumed_run_has_the_same_bits(
+    tiny: Inputs, forks: Forks, tmp_path: Path, optim: str, engine: str | None
+) -> None:
     if engine is not None and optim == "paged_adamw_8bit":
         pytest.skip("on a CPU it is adamw_8bit")
 
     def trained(name: str, **options: Any) -> Path:
         flags = tiny.flags(tmp_path / name, optim=optim, learning_rate=1e-3, **options)
-        train_on(engine, flags)
+        train_on(engine, flags, forks, tmp_path)
         return tmp_path / name
 
     whole = trained("whole", save_steps=1)

@@ -8,10 +8,16 @@ from pathlib import Path
 import pytest
 
 from minimind_dpo.errors import UserError
-from minimind_dpo.report.curves import series
+from minimind_dpo.report import page
+from minimind_dpo.report.curves import curves, series
 from minimind_dpo.report.page import headlines, write_report
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+@pytest.fixture(autouse=True)
+def with_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "curves", curves)
 
 
 class Page(HTMLParser):
@@ -125,6 +131,22 @@ def test_users_mistakes(tmp_path):
         write_report(tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{broken\n{"step": 3}\n', encoding="utf-8")
     with pytest.raises(UserError, match="metrics.jsonl:2: not a JSON object"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"[1]\n[2]\n", b"{broken\n{}\n", b"\xff\xfe\n{}\n", b"[" * 100_000 + b"\n{}\n"])
+def test_damaged_replies_are_left_out_and_told(tmp_path, caplog, content):
+    (make_run(tmp_path) / "replies.jsonl").write_bytes(content)
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert "script>" not in "".join(page.text)
+    assert "replies.jsonl:1: not a JSON object" in caplog.text and "the report shows no replies" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "config.yaml"])
+@pytest.mark.parametrize("content", [b"[1]\n{}\n", b"\xff\xfe\n{}\n", b"[" * 100_000 + b"\n{}\n", b"{'a\n{}\n"])
+def test_what_the_run_wrote_and_is_damaged_is_one_error(tmp_path, name, content):
+    (make_run(tmp_path) / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}.*: not a (JSON|YAML) object"):
         write_report(tmp_path)
 
 

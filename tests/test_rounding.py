@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers_forks import Forks
 from helpers_run import run_command, same_bits, train_lines
 from torch import Tensor
 
@@ -219,17 +222,29 @@ def flags(model: Path, output_dir: Path, **options: Any) -> list[str]:
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
-def run(model: Path, output_dir: Path, precision: str, engine: str = "single_cpu", **options: Any) -> str:
-    result = run_command(flags(model, output_dir, **options), f"{engine} --mixed_precision {precision}")
-    assert result.returncode == 0, result.stderr
-    return result.stderr
+Runs = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def run(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Trains to the end in forked processes; what the run said."""
+
+    def run(model: Path, output_dir: Path, precision: str, engine: str = "single_cpu", **options: Any) -> str:
+        words, surroundings = flags(model, output_dir, **options), tmp_path_factory.mktemp("surroundings")
+        cache = {"MINIMIND_DPO_CACHE": os.environ["MINIMIND_DPO_CACHE"]}
+        codes = forks.run(words, surroundings, f"{engine} --mixed_precision {precision}", **cache)
+        said = (surroundings / "log").read_text("utf-8")
+        assert set(codes) == {0}, said
+        return said
+
+    return run
 
 
 def margins(output_dir: Path) -> list[float]:
     return [line["rewards/margins"] for line in train_lines(output_dir)]
 
 
-def test_dithering_learns_as_fp32_does_where_the_nearest_does_not(tmp_path: Path, on_the_grid: Path) -> None:
+def test_dithering_learns_as_fp32_does_where_the_nearest_does_not(run: Runs, tmp_path: Path, on_the_grid: Path) -> None:
     said = {}
     for name, precision, rounding in (
         ("fp32", "no", "auto"),
@@ -249,7 +264,7 @@ def test_dithering_learns_as_fp32_does_where_the_nearest_does_not(tmp_path: Path
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory, on_the_grid: Path) -> list[float]:
+def one_process(run: Runs, tmp_path_factory: pytest.TempPathFactory, on_the_grid: Path) -> list[float]:
     """Margins of 12 steps under one process."""
     directory = tmp_path_factory.mktemp("one")
     run(on_the_grid, directory / "run", "bf16", max_steps=12, learning_rate=5e-6)
@@ -259,7 +274,9 @@ def one_process(tmp_path_factory: pytest.TempPathFactory, on_the_grid: Path) -> 
 @pytest.mark.parametrize(
     "engine", ["multi_cpu", "ds_zero1_cpu", "ds_zero2_cpu", "ds_zero3_cpu", "ds_zero2_offload_cpu"]
 )
-def test_every_engine_dithers_alike(tmp_path: Path, on_the_grid: Path, one_process: list[float], engine: str) -> None:
+def test_every_engine_dithers_alike(
+    run: Runs, tmp_path: Path, on_the_grid: Path, one_process: list[float], engine: str
+) -> None:
     run(on_the_grid, tmp_path / "two", "bf16", engine, max_steps=12, learning_rate=5e-6, per_device_train_batch_size=8)
     two = margins(tmp_path / "two")
     assert one_process[0] == two[0] == 0
@@ -278,7 +295,7 @@ def test_every_engine_dithers_alike(tmp_path: Path, on_the_grid: Path, one_proce
     ],
 )
 def test_a_resumed_run_has_the_undisturbed_one_s_bits(
-    tmp_path: Path, engine: str, precision: str, rounding: str
+    run: Runs, tmp_path: Path, engine: str, precision: str, rounding: str
 ) -> None:
     settings: dict[str, Any] = {
         "learning_rate": 1e-5,
@@ -296,7 +313,7 @@ def test_a_resumed_run_has_the_undisturbed_one_s_bits(
     assert margins(tmp_path / "whole") == margins(tmp_path / "cut")
 
 
-def test_a_reference_off_the_grid_starts_equal_and_a_cache_belongs_to_its_rounding(tmp_path: Path) -> None:
+def test_a_reference_off_the_grid_starts_equal_and_a_cache_belongs_to_its_rounding(run: Runs, tmp_path: Path) -> None:
     for rounding in ("dithered", "nearest"):
         for reference in ("cache", "live"):
             run(
@@ -312,7 +329,7 @@ def test_a_reference_off_the_grid_starts_equal_and_a_cache_belongs_to_its_roundi
             assert line["rewards/chosen"] == pytest.approx(0, abs=1e-5)
 
 
-def test_another_rounding_is_another_run(tmp_path: Path) -> None:
+def test_another_rounding_is_another_run(run: Runs, tmp_path: Path) -> None:
     run(WEIGHTS, tmp_path / "run", "bf16", max_steps=2, save_steps=1)
     config = (tmp_path / "run" / "config.yaml").read_text("utf-8")
     assert "weight_rounding: dithered" in config
@@ -322,7 +339,7 @@ def test_another_rounding_is_another_run(tmp_path: Path) -> None:
     assert result.returncode and "weight_rounding: was dithered, is nearest" in result.stderr
 
 
-def test_a_checkpoint_from_before_the_setting_goes_on_to_the_nearest(tmp_path: Path) -> None:
+def test_a_checkpoint_from_before_the_setting_goes_on_to_the_nearest(run: Runs, tmp_path: Path) -> None:
     run(WEIGHTS, tmp_path / "run", "bf16", max_steps=4, save_steps=2, weight_rounding="nearest")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000004")
     state = tmp_path / "run" / "checkpoints" / "step-000002" / "trainer_state.json"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers_forks import Forks, train_on
 from helpers_run import (
     Inputs,
     command,
@@ -110,7 +111,7 @@ def test_live_and_cached_reference_agree(inputs: Inputs, tmp_path: Path) -> None
     ],
 )
 def test_factorisation_does_not_matter(
-    inputs: Inputs, tmp_path: Path, batch: int, accumulation: int, accelerate: str | None
+    inputs: Inputs, forks: Forks, tmp_path: Path, batch: int, accumulation: int, accelerate: str | None
 ) -> None:
     """21 pairs in global batches of 8, against micro-batches of 8 on one process."""
     train_here(
@@ -124,11 +125,7 @@ def test_factorisation_does_not_matter(
         gradient_accumulation_steps=accumulation,
         learning_rate=1e-3,
     )
-    if accelerate is None:
-        train_here(flags)
-    else:
-        result = run_command(flags, accelerate)
-        assert result.returncode == 0, result.stderr
+    train_on(accelerate, flags, forks, tmp_path)
     assert relative_distance(tmp_path / "parts", tmp_path / "whole") < 1e-6
     for parts, whole in zip(train_lines(tmp_path / "parts"), train_lines(tmp_path / "whole"), strict=True):
         for name in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "grad_norm"):

@@ -11,17 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_run import (
-    Inputs,
-    built,
-    held_bytes,
-    make_inputs,
-    run_command,
-    same_bits,
-    train_here,
-    train_lines,
-    train_on,
-)
+from helpers_forks import Forks, train_on
+from helpers_run import Inputs, built, held_bytes, make_inputs, run_command, same_bits, train_here, train_lines
 from safetensors.torch import load_file
 
 from minimind_dpo.cli import main as cli
@@ -259,12 +250,14 @@ def test_lora_learns_the_same_beside_a_base_in_four_bits(tmp_path: Path, lora: d
 
 @BNB
 @pytest.mark.parametrize("engine", [None, "multi_cpu"])
-def test_a_run_beside_four_bits_resumes_merges_and_exports(tiny: Inputs, tmp_path: Path, engine: str | None) -> None:
+def test_a_run_beside_four_bits_resumes_merges_and_exports(
+    tiny: Inputs, forks: Forks, tmp_path: Path, engine: str | None
+) -> None:
     """The policy of the last checkpoint is the final model, which is a plain one; a resume has the same bits."""
 
     def trained(name: str, **options: Any) -> Path:
         flags = tiny.flags(tmp_path / name, **NF4, **options)
-        train_on(engine, flags)
+        train_on(engine, flags, forks, tmp_path)
         return tmp_path / name
 
     whole = trained("whole", save_steps=1, save_total_limit=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from datetime import date
 
 from minimind_dpo.config import COMPLETION_MASKS, TrainConfig
 
@@ -23,5 +24,21 @@ def data_parser(verb: str, description: str) -> argparse.ArgumentParser:
         help="which tokens count: every assistant turn, or only the answer in which the sides differ "
         "(default %(default)s)",
     )
+    parser.add_argument(
+        "--template_date",
+        type=_day,
+        metavar="YYYY-MM-DD",
+        default=TrainConfig.template_date,
+        help="what a chat template takes for today (default %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
+
+
+def _day(text: str) -> str:
+    try:
+        if len(text) == 10:
+            return date.fromisoformat(text).isoformat()
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a day as 2024-07-26, found {text!r}")

@@ -27,7 +27,7 @@ def run_check(argv: list[str]) -> int:
     tokenizer = load_tokenizer(args.tokenizer)
     check_settings(tokenizer, args.max_length, args.completion_mask)
     columns = column_names(read_columns(args.columns))
-    settings = Settings(args.max_length, args.completion_mask, "drop", columns=columns)
+    settings = Settings(args.max_length, args.completion_mask, "drop", args.template_date, columns)
     with open_ledger(args.ledger) as ledger:
         found = survey(args.data, tokenizer, settings, args.num_proc, ledger)
         evaluation = survey(args.eval_data, tokenizer, settings, args.num_proc, ledger) if args.eval_data else None

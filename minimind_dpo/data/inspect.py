@@ -30,7 +30,7 @@ def run_inspect(argv: list[str]) -> int:
     tokenizer = load_tokenizer(args.tokenizer)
     pair = find_pair(args.data, args.index, dict(column_names(read_columns(args.columns))))
     check_settings(tokenizer, args.max_length, args.completion_mask)
-    whole = encode_whole(pair, tokenizer, args.completion_mask)
+    whole = encode_whole(pair, tokenizer, args.completion_mask, args.template_date)
     if isinstance(whole, DroppedRow):
         raise UserError(whole.message)
     drop, tokenized = find_drop(pair, whole, args.max_length), cut(whole, args.max_length)

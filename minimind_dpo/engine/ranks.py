@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from minimind_dpo.engine.protocol import Engine
 from minimind_dpo.errors import StoppedEarly, TrainingError, UserError, code_of, report
 
 _LEAVING_SECONDS = 60  # for a failed rank's teardown
+_ANSWERING_SECONDS = 10  # for a store that is there
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -109,16 +112,26 @@ class _Turn:
     def wait(self, patience: float) -> None:
         """Until the main process has ended its turn."""
         sign, seen = 0, time.monotonic()
-        while not self._store.check([self._end]):  # raises once the process that holds the store has gone
-            if self._stop():
-                self._store.set(self._request, "")
-            if (now := self._store.add(self._sign, 0)) != sign:
-                sign, seen = now, time.monotonic()
-            elif time.monotonic() - seen > patience:
-                raise TrainingError(f"no sign of rank 0 for {patience:.0f} s (ddp_timeout); it hangs, or is stopped")
-            time.sleep(0.1)
+        silent = TrainingError(f"no sign of rank 0 for {patience:.0f} s (ddp_timeout); it hangs, or is stopped")
+        try:
+            while (now := _within(patience, self._look)) is not None:
+                if now != sign:
+                    sign, seen = now, time.monotonic()
+                elif time.monotonic() - seen > patience:
+                    raise silent
+                time.sleep(0.1)
+        except TimeoutError:  # rank 0 holds the store itself
+            raise silent from None
         if self._store.get(self._end) == _STOPPED:
             raise StoppedEarly("before the first step")
+
+    def _look(self) -> int | None:
+        """How many signs the main process has given; None once its turn has ended."""
+        if self._store.check([self._end]):  # raises once the process that holds the store has gone
+            return None
+        if self._stop():
+            self._store.set(self._request, "")
+        return self._store.add(self._sign, 0)
 
 
 def end_with_launcher() -> None:
@@ -144,11 +157,13 @@ def leave_together(error: Exception) -> int:
         The exit code.
     """
     try:
-        first = int(_store().add("minimind_dpo/failed", 1)) == 1
+        first = int(_within(_ANSWERING_SECONDS, lambda: _store().add("minimind_dpo/failed", 1))) == 1
+    except TimeoutError:  # the process that holds the store hangs, so it has told nothing
+        first = True
     except (RuntimeError, ValueError):  # the store went with the process that held it
         first = False
     if first:
-        report(error)
+        report(_told_plainly(error))
     else:
         print(
             f"minimind-dpo: rank {os.environ.get('RANK')} leaves: another rank failed first",
@@ -159,6 +174,41 @@ def leave_together(error: Exception) -> int:
     timer.daemon = True
     timer.start()
     return code_of(error)
+
+
+def _told_plainly(error: Exception) -> Exception:
+    """What gloo's words for another rank that does not answer mean; any other error as it is."""
+    words = str(error) if isinstance(error, RuntimeError) and "gloo" in str(error) else ""
+    if found := re.search(r"Timed out waiting (\d+)ms", words):
+        seconds = int(found[1]) / 1000
+        return TrainingError(f"another rank gives no answer for {seconds:g} s (ddp_timeout); it hangs, or is stopped")
+    if "Connection closed by peer" in words or "Connection reset by peer" in words:
+        return TrainingError("another rank is gone; killed, if it says nothing itself: for want of memory, perhaps")
+    return error
+
+
+def _within(seconds: float, ask: Callable[[], Any]) -> Any:
+    """What a call to the store gives. The store's own calls wait for ever where the process that holds it hangs.
+
+    Raises:
+        TimeoutError: it takes longer than `seconds`; the call is left to itself.
+    """
+    answer: SimpleQueue[Any] = SimpleQueue()
+
+    def work() -> None:
+        try:
+            answer.put((ask(), None))
+        except Exception as error:
+            answer.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        value, error = answer.get(timeout=seconds)
+    except Empty:
+        raise TimeoutError from None
+    if error is not None:
+        raise error
+    return value
 
 
 def _store() -> Any:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from minimind_dpo.errors import UserError
 from minimind_dpo.models.adapters import ADAPTER
+from minimind_dpo.models.places import read_object
 
 _FILE = "base_model.json"
 _NOTED = "_minimind_dpo_base"
@@ -44,6 +46,15 @@ def write_base(model: PreTrainedModel, directory: Path) -> None:
 
 
 def read_base(directory: Path) -> AdapterBase | None:
-    """What `write_base` wrote, None where it did not: another program's adapter, or an older one."""
+    """What `write_base` wrote, None where it did not: another program's adapter, or an older one.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     path = directory / _FILE
-    return AdapterBase(**json.loads(path.read_text("utf-8"))) if path.is_file() else None
+    if not path.is_file():
+        return None
+    noted = read_object(path)
+    if unknown := noted.keys() - AdapterBase.__dataclass_fields__.keys():
+        raise UserError(f"{path}: damaged, or of a later version: nothing is known of {', '.join(sorted(unknown))}")
+    return AdapterBase(**noted)

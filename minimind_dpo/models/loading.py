@@ -104,6 +104,7 @@ def load_adapted(location: Path, dtype: torch.dtype | None = None, **options: An
     Raises:
         UserError: the base is not there, or is not the one that the matrices were trained beside.
     """
+    check_sealed(location)
     name, noted = adapter_base(location), read_base(location)
     base = noted or _base_before(location)
     if is_raw_weights(Path(name)) and base.num_attention_heads is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from minimind_dpo.config.names import looks_local
 from minimind_dpo.errors import UserError
@@ -53,13 +54,28 @@ def is_adapter(location: Path) -> bool:
     return (location / ADAPTER_CONFIG).is_file() and not is_checkpoint(location)
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged, not JSON: {error}; write it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: damaged, not a JSON object; write it again")
+    return value
+
+
 def adapter_base(location: Path) -> str:
     """The name of the base that the matrices in a directory belong to; a relative path is looked for from there too.
 
     Raises:
         UserError: none is named.
     """
-    name = json.loads((location / ADAPTER_CONFIG).read_text("utf-8")).get("base_model_name_or_path")
+    name = read_object(location / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not name:
         raise UserError(
             f"{location}: {ADAPTER_CONFIG} names no base model; write its path there (base_model_name_or_path)"

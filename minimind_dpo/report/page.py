@@ -7,6 +7,9 @@ Everything on the page is read from `metrics.jsonl`, `summary.json`, `config.yam
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ from jinja2 import Environment
 from minimind_dpo.errors import UserError
 from minimind_dpo.files import write_text
 from minimind_dpo.report.curves import curves, is_finite
+
+logger = logging.getLogger(__name__)
 
 EVAL_ORDER = [
     "logps/accuracies",
@@ -34,15 +39,15 @@ def write_report(run_dir: Path) -> Path:
     `replies.jsonl` holds one object a line: "prompt", "before", "after", "before_ok", "after_ok".
 
     Raises:
-        UserError: `run_dir` has no `metrics.jsonl`, or a file in it can't be read.
+        UserError: `run_dir` has no `metrics.jsonl`, or a file that the run itself wrote there is damaged.
     """
     run_dir = Path(run_dir)
     if not (run_dir / "metrics.jsonl").is_file():
         raise UserError(f"{run_dir}: no metrics.jsonl here; name the output_dir of a training run")
     rows = _read_lines(run_dir / "metrics.jsonl")
-    summary = _read_json(run_dir / "summary.json")
-    config = _read_yaml(run_dir / "config.yaml")
-    replies = _read_lines(run_dir / "replies.jsonl")
+    summary = _read_settings(run_dir / "summary.json", json.loads)
+    config = _read_settings(run_dir / "config.yaml", yaml.safe_load)
+    replies = _read_replies(run_dir / "replies.jsonl")
     page = (
         Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         .from_string((Path(__file__).parent / "template.html").read_text(encoding="utf-8"))
@@ -108,35 +113,45 @@ def evaluation_table(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     return [(name, _text(before.get(name, "–")), _text(after.get(name, "–"))) for name in names]
 
 
+def _read_replies(path: Path) -> list[dict[str, Any]]:
+    """The replies of a demo; a damaged file costs the page this part, and no run its end."""
+    try:
+        return _read_lines(path)
+    except UserError as error:
+        logger.warning("%s; the report shows no replies", error)
+        return []
+
+
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl file ([] if it is absent); a last line that is still being written is left out."""
     if not path.is_file():
         return []
     rows: list[dict[str, Any]] = []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    *lines, last = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise UserError(f"{path}:{number}: not a JSON object ({error}); mend or remove the line") from error
+        if line.strip():
+            rows.append(_object(json.loads, line, f"{path}:{number}: not a JSON object", "mend or remove the line"))
+    with suppress(UserError):
+        rows += [_object(json.loads, last, "", "")] if last.strip() else []
     return rows
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}); remove the file or run again") from error
+def _read_settings(path: Path, parse: Callable[[bytes], Any]) -> dict[str, Any]:
+    """The object in a file, {} if it is absent or empty."""
+    content = path.read_bytes() if path.is_file() else b""
+    kind = "YAML" if parse is yaml.safe_load else "JSON"
+    remedy = "remove the file or run again"
+    return _object(parse, content, f"{path}: not a {kind} object", remedy) if content.strip() else {}
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _object(parse: Callable[[bytes], Any], content: bytes, problem: str, remedy: str) -> dict[str, Any]:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) or {} if path.is_file() else {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML ({error}); remove the file or run again") from error
+        value = parse(content)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{problem} ({error}); {remedy}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{problem} ({type(value).__name__}); {remedy}")
+    return value
 
 
 def _metric(metrics: dict[str, Any], name: str) -> float | None:

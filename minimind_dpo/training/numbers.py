@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from minimind_dpo.errors import TrainingError
-from minimind_dpo.files import write_text
+from minimind_dpo.files import write_text, writing
 from minimind_dpo.objective.sums import PairTotals, read_totals
 from minimind_dpo.training.run import Run
 
@@ -74,7 +74,9 @@ def _answer(run: Run, step: int, what: str, grad_norm: float) -> None:
     pairs = [run.train_data.dataset[int(pair)] for pair in run.order.step_pairs(step)]
     file = run.output_dir / "nonfinite" / f"step-{step:06d}.jsonl"
     if run.engine.is_main:
-        write_text(file, "".join(json.dumps(_described(run, pair), ensure_ascii=False) + "\n" for pair in pairs))
+        text = "".join(json.dumps(_described(run, pair), ensure_ascii=False) + "\n" for pair in pairs)
+        with writing(file, "output_dir"):
+            write_text(file, text)
     named = ", ".join(pair["place"] for pair in pairs[:8]) + (", ..." if len(pairs) > 8 else "")
     found = f"the {what} of optimizer step {step} is not finite"
     where = f"Pairs of the step: {named}; all of them, with their tokens, are in {file}."

@@ -53,20 +53,20 @@ def locked(directory: Path, patience: float = 30.0) -> Iterator[None]:
         with writing(directory, "output_dir"):
             directory.mkdir(parents=True, exist_ok=True)
             _check_names(directory)
-            lock = open(directory / ".lock", "a+", encoding="utf-8", opener=open_itself)
+            lock = open(directory / ".lock", "a+b", buffering=0, opener=open_itself)
         file = stack.enter_context(lock)
         deadline = time.monotonic() + patience
         while not _lock(file):
             if time.monotonic() > deadline:
                 file.seek(0)
                 raise UserError(
-                    f"output_dir: {directory} is in use by another run ({file.read() or 'unknown'}); wait "
+                    f"output_dir: {directory} is in use by another run ({file.read().decode() or 'unknown'}); wait "
                     "for it to end, stop it, or choose another directory"
                 )
             time.sleep(0.2)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with writing(directory, "output_dir"):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
 
 
@@ -79,7 +79,7 @@ def _check_names(directory: Path) -> None:
         raise UserError(f"output_dir: {directory / wrong[0]} is {kind}; move it away, or choose another output_dir")
 
 
-def _lock(file: IO[str]) -> bool:
+def _lock(file: IO[bytes]) -> bool:
     """Take the lock of an open file; False where another process has it."""
     try:
         import fcntl  # late: Windows has none
@@ -190,6 +190,8 @@ def _write_model(run: Run, directory: Path) -> None:
     if has_adapters(run.policy):
         with _replacing_on_main(run.engine, directory / "adapter") as adapter:
             save_adapter(run.policy, adapter)
+            if adapter is not None:
+                seal_model(adapter)
         with run.engine.autocast():
             expected = probe(run.policy)
     with _replacing_on_main(run.engine, directory / "model") as model:

@@ -11,8 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults.runs import Alone
+from helpers_forks import Forks
+from helpers_run import Inputs
 
 BEGIN, END = "<!-- written by make faults -->\n", "<!-- until here -->\n"
+
+
+@pytest.fixture(scope="module")
+def alone(forks: Forks, inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    return Alone(forks, inputs, tmp_path_factory.mktemp("alone"))
 
 
 @pytest.fixture(autouse=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults.runs import Bomb, Forks, flags_of, oracle
+from faults.runs import Alone, flags_of, goes_on, group
+from helpers_forks import Bomb, Forks
 from helpers_run import Inputs
 
 ENGINES = (None, "multi_cpu", "ds_zero2_cpu", "ds_zero3_cpu")
@@ -33,67 +33,36 @@ BOMBS = [*STEPS, *AMID_STEPS, *EVALUATIONS, *WRITES]
 QUICK = [STEPS[4], AMID_STEPS[1], EVALUATIONS[1], WRITES[9], WRITES[20]]
 
 
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    program = Forks()
-    yield program
-    program.close()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(forks: Forks, inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, str]:
-    """The oracle of a run left alone, filled for each engine when it is asked for."""
-    return {}
-
-
-def left_alone(known: dict[str | None, str], forks: Forks, inputs: Inputs, place: Path, engine: str | None) -> str:
-    if engine not in known:
-        alone = place / "alone"
-        alone.mkdir()
-        codes = forks.run(flags_of(inputs, alone), alone, engine)
-        assert set(codes) == {0}, (alone / "log").read_text("utf-8")
-        known[engine] = oracle(alone)
-    return known[engine]
-
-
-def goes_on(forks: Forks, inputs: Inputs, place: Path, engine: str | None) -> str:
-    """The oracle of the run in `place` once it is started again."""
-    codes = forks.run(flags_of(inputs, place), place, engine)
-    assert set(codes) == {0}, (place / "log").read_text("utf-8")
-    return oracle(place)
-
-
 def cases(bombs: list[Bomb], engine: str | None, quick: list[Bomb]) -> list[object]:
+    name = engine or "plain"
     return [
-        pytest.param(engine, bomb, id=f"{engine or 'plain'}: {bomb}", marks=[] if bomb in quick else pytest.mark.faults)
+        pytest.param(
+            engine, bomb, id=f"{name}: {bomb}", marks=[group(engine), *([] if bomb in quick else [pytest.mark.faults])]
+        )
         for bomb in bombs
     ]
 
 
-@pytest.mark.xdist_group("faults")
 @pytest.mark.parametrize(
     ("engine", "bomb"),
     [*cases(BOMBS, None, QUICK), *(case for engine in ENGINES[1:] for case in cases(BOMBS, engine, []))],
 )
 def test_a_kill_changes_nothing(
-    forks: Forks, undisturbed: dict[str | None, str], inputs: Inputs, tmp_path: Path, engine: str | None, bomb: Bomb
+    forks: Forks, alone: Alone, inputs: Inputs, tmp_path: Path, engine: str | None, bomb: Bomb
 ) -> None:
     """A kill at a chosen place: each step, amid a step, in an evaluation, in each phase of each write."""
-    expected = left_alone(undisturbed, forks, inputs, tmp_path, engine)
     codes = forks.run(flags_of(inputs, tmp_path), tmp_path, engine, bomb)
     assert -signal.SIGKILL in codes, f"{bomb} never came: {(tmp_path / 'log').read_text('utf-8')}"
-    assert goes_on(forks, inputs, tmp_path, engine) == expected
+    assert goes_on(forks, inputs, tmp_path, engine) == alone(engine)
 
 
 @pytest.mark.faults
-@pytest.mark.xdist_group("faults")
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [pytest.param(engine, marks=group(engine)) for engine in ENGINES])
 @pytest.mark.parametrize("seed", range(25))
 def test_random_kills_change_nothing(
-    forks: Forks, undisturbed: dict[str | None, str], inputs: Inputs, tmp_path: Path, engine: str | None, seed: int
+    forks: Forks, alone: Alone, inputs: Inputs, tmp_path: Path, engine: str | None, seed: int
 ) -> None:
     """Up to three kills at random places in one run, of either rank."""
-    expected = left_alone(undisturbed, forks, inputs, tmp_path, engine)
     rng = random.Random(f"{engine} {seed}")
     for _ in range(3):
         bomb = rng.choice(BOMBS)
@@ -104,7 +73,7 @@ def test_random_kills_change_nothing(
             engine,
             Bomb(bomb.module, bomb.name, rng.randint(1, 4), bomb.when, rank),
         )
-    assert goes_on(forks, inputs, tmp_path, engine) == expected
+    assert goes_on(forks, inputs, tmp_path, engine) == alone(engine)
 
 
 SIGNALLED = [
@@ -116,7 +85,6 @@ SIGNALLED = [
 ]
 
 
-@pytest.mark.xdist_group("faults")
 @pytest.mark.parametrize(
     ("engine", "bomb"),
     [
@@ -125,10 +93,9 @@ SIGNALLED = [
     ],
 )
 def test_a_signal_changes_nothing(
-    forks: Forks, undisturbed: dict[str | None, str], inputs: Inputs, tmp_path: Path, engine: str | None, bomb: Bomb
+    forks: Forks, alone: Alone, inputs: Inputs, tmp_path: Path, engine: str | None, bomb: Bomb
 ) -> None:
     """A signal in each phase: every rank ends with 75, and the run goes on."""
-    expected = left_alone(undisturbed, forks, inputs, tmp_path, engine)
     codes = forks.run(flags_of(inputs, tmp_path), tmp_path, engine, bomb)
     assert set(codes) == {75}, (tmp_path / "log").read_text("utf-8")
-    assert goes_on(forks, inputs, tmp_path, engine) == expected
+    assert goes_on(forks, inputs, tmp_path, engine) == alone(engine)

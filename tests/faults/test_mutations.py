@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults.runs import group, oracle
+from helpers_forks import Forks
 from helpers_run import Inputs, train_here
 
 from minimind_dpo.checkpoints.files import FragmentReader
@@ -18,6 +20,10 @@ from minimind_dpo.training import loop, setup
 from minimind_dpo.training.schedule import learning_rate_schedule
 
 OPTIONS: dict[str, Any] = {"num_train_epochs": 2, "save_steps": 1, "learning_rate": 1e-3}
+
+
+SHORT = {"max_steps": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}  # bf16 is slow on a CPU
+STOPPING = [["--max_hours", "1e-9"]]  # after the first step
 
 
 def moments_lost(patched: pytest.MonkeyPatch) -> None:
@@ -99,3 +105,19 @@ def test_what_an_identity_lacks_is_noticed(inputs: Inputs, tmp_path: Path, lost:
     }[lost]
     with pytest.raises(UserError, match=f"{lost}: was"):
         train_here(inputs.flags(tmp_path / "run", **(OPTIONS | changed)))
+
+
+@pytest.mark.faults
+@group(None)
+def test_a_lost_count_of_rounding_steps_shows_in_the_bits(forks: Forks, inputs: Inputs, tmp_path: Path) -> None:
+    """A checkpoint that lacks the step of stochastic rounding gives other bits."""
+    ends = {}
+    for name, forgets, limits in (("alone", None, []), ("kept", None, STOPPING), ("lost", "steps", STOPPING)):
+        place = tmp_path / name
+        place.mkdir()
+        flags = inputs.flags(place / "run", weight_rounding="stochastic", reference="live", save_steps=1, **SHORT)
+        for limit, code in [*((limit, 75) for limit in limits), ([], 0)]:
+            codes = forks.run([*flags, *limit], place, forgets=forgets, ACCELERATE_MIXED_PRECISION="bf16")
+            assert codes == [code], (place / "log").read_text("utf-8")
+        ends[name] = oracle(place)
+    assert ends["kept"] == ends["alone"] != ends["lost"]

@@ -2,35 +2,46 @@
 
 A job: `flags`; `ranks` and `environment` of each; `log`, a file for what they print; `pairs`, where each rank writes
 which pairs every optimizer step took; `bomb`, if something shall happen amid the run: {"module", "name", "nth", "when":
-"before" or "after", "rank", "signal"} sends a signal to that rank's process at the nth call of a function. Answered is
-a line with the ranks' exit codes. As under a launcher, ranks are killed once another one has failed.
+"before" or "after", "rank", "signal", "fills"} sends a signal to that rank's process at the nth call of a function, or
+leaves no room on the disk `fills`; `forgets`, a value that the engine leaves out of checkpoints. Answered is a line
+with the ranks' exit codes. As under a launcher, ranks are killed once another one has failed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import deepspeed  # noqa: F401  # a fork has it then
 import torch
+from helpers_disk import fill
 
+import minimind_dpo.report.page as page
 import minimind_dpo.training.loop as loop
 import minimind_dpo.training.run_directory
 import minimind_dpo.training.session
 import minimind_dpo.training.setup  # noqa: F401
 from minimind_dpo.config import load_config
 from minimind_dpo.ending import Ending
+from minimind_dpo.engine.plain import Plain
 from minimind_dpo.train import run
+
+IMPORTED = Path(tempfile.mkdtemp()) / "modules"
+page.curves = lambda rows: []  # half of a short run's time, and nothing here looks at them
 
 
 def set_bomb(bomb: dict[str, Any]) -> None:
-    """Make the nth call of a function send this process a signal."""
+    """Make the nth call of a function send this process a signal, or fill a disk."""
+    strike = partial(fill, Path(bomb["fills"])) if bomb["fills"] else partial(os.kill, os.getpid(), bomb["signal"])
     module = importlib.import_module(bomb["module"])
     honest, calls = getattr(module, bomb["name"]), 0
 
@@ -38,10 +49,10 @@ def set_bomb(bomb: dict[str, Any]) -> None:
         nonlocal calls
         calls += 1
         if calls == bomb["nth"] and bomb["when"] == "before":
-            os.kill(os.getpid(), bomb["signal"])
+            strike()
         result = honest(*args, **kwargs)
         if calls == bomb["nth"] and bomb["when"] == "after":
-            os.kill(os.getpid(), bomb["signal"])
+            strike()
         return result
 
     setattr(module, bomb["name"], exploding)
@@ -61,13 +72,19 @@ def record_pairs(path: str) -> None:
     loop.optimizer_step = recording
 
 
+def forget(name: str) -> None:
+    """Leave a value of the engine out of every checkpoint."""
+    honest = Plain.scalars
+    Plain.scalars = lambda engine: {key: value for key, value in honest(engine).items() if key != name}
+
+
 def work(job: dict[str, Any], rank: int) -> NoReturn:
     """One rank of a run."""
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(job["environment"])
-    if job["ranks"] > 1:
+    if "MASTER_ADDR" in job["environment"]:  # as under a launcher, be it with a single rank
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]))
         os.environ.update(LOCAL_WORLD_SIZE=str(job["ranks"]))
     torch.set_num_threads(1)
@@ -76,15 +93,28 @@ def work(job: dict[str, Any], rank: int) -> NoReturn:
         record_pairs(f"{job['pairs']}-{rank}")
         if job.get("bomb") and job["bomb"]["rank"] == rank:
             set_bomb(job["bomb"])
+        if job["forgets"]:
+            forget(job["forgets"])
         with Ending() as ending:
             ending.code = run(load_config(job["flags"]), ends_process=True)
         code = ending.code
+        if rank == 0:
+            IMPORTED.write_text("\n".join(sys.modules), "utf-8")
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def import_as_well() -> None:
+    """Import what a run had to import, so that the next ones have it."""
+    if IMPORTED.exists():
+        for name in IMPORTED.read_text("utf-8").splitlines():
+            if name not in sys.modules:
+                with contextlib.suppress(Exception):
+                    importlib.import_module(name)
 
 
 def run_job(job: dict[str, Any]) -> list[int]:
@@ -108,3 +138,4 @@ def run_job(job: dict[str, Any]) -> list[int]:
 answer = partial(print, file=os.fdopen(os.dup(1), "w"), flush=True)
 for line in sys.stdin:
     answer(json.dumps(run_job(json.loads(line))))
+    import_as_well()

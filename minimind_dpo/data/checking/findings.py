@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from minimind_dpo.errors import UserError
-from minimind_dpo.files import replacing
+from minimind_dpo.files import replacing, writing
 
 PLACES = 5  # of each reason, in the report; the ledger has all
 
@@ -95,6 +95,7 @@ def open_ledger(name: str | None) -> Iterator[Ledger]:
 
     Raises:
         UserError: it can't be written there.
+        TrainingError: the disk is full.
     """
     if name is None:
         yield Ledger(None)
@@ -102,11 +103,8 @@ def open_ledger(name: str | None) -> Iterator[Ledger]:
     path = Path(name).expanduser()
     if path.is_dir():
         raise UserError(f"{name}: a directory; --ledger names the file to write")
-    with ExitStack() as stack:
-        try:
-            new = stack.enter_context(replacing(path))
-            # half a surrogate pair in a text is escaped the way JSON does it
-            file = stack.enter_context(open(new, "w", encoding="utf-8", errors="backslashreplace"))
-        except OSError as error:
-            raise UserError(f"{name}: can't be written: {error}; name another place with --ledger") from None
-        yield Ledger(file)
+    # what reads data in the block has errors of its own kind, so those of writing are the ledger's
+    with writing(path, "--ledger"), replacing(path) as new:
+        # half a surrogate pair in a text is escaped the way JSON does it
+        with open(new, "w", encoding="utf-8", errors="backslashreplace") as file:
+            yield Ledger(file)
