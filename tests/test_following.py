@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_run import Inputs, run_command, train_here, train_lines, train_on
+from helpers_forks import Forks, train_on
+from helpers_run import Inputs, run_command, train_here, train_lines
 
 from minimind_dpo.checkpoints.files import FragmentReader
 from minimind_dpo.config import load_config
@@ -27,9 +28,9 @@ def flags(inputs: Inputs, output_dir: Path, engine: str | None, **options: Any) 
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_reference_that_becomes_the_policy(inputs: Inputs, tmp_path: Path, engine: str | None) -> None:
+def test_a_reference_that_becomes_the_policy(inputs: Inputs, tmp_path: Path, engine: str | None, forks: Forks) -> None:
     """With all of the way gone after each step, every step begins where policy and reference are equal."""
-    train_on(engine, flags(inputs, tmp_path, engine, ref_model_mixup_alpha=1.0))
+    train_on(engine, flags(inputs, tmp_path, engine, ref_model_mixup_alpha=1.0), forks, tmp_path)
     losses = [line["loss"] for line in train_lines(tmp_path)]
     assert len(losses) == 3 and losses == pytest.approx([math.log(2)] * 3, abs=1e-6)
     assert max(line["grad_norm"] for line in train_lines(tmp_path)) > 0.1
@@ -75,9 +76,9 @@ def test_it_moves_by_hand(inputs: Inputs, alone: Path) -> None:
 
 
 @pytest.mark.parametrize("engine", ["multi_cpu", "ds_zero2_cpu", "ds_zero3_cpu"])
-def test_engines_agree(inputs: Inputs, alone: Path, tmp_path: Path, engine: str) -> None:
+def test_engines_agree(inputs: Inputs, alone: Path, tmp_path: Path, engine: str, forks: Forks) -> None:
     options = {"ref_model_mixup_alpha": 1 / 3, "ref_model_sync_steps": 2, "num_train_epochs": 2}
-    train_on(engine, flags(inputs, tmp_path, engine, **options))
+    train_on(engine, flags(inputs, tmp_path, engine, **options), forks, tmp_path)
     assert [line["loss"] for line in train_lines(tmp_path)] == pytest.approx(
         [line["loss"] for line in train_lines(alone)], rel=1e-4
     )

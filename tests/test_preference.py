@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from helpers_data import tiny_tokenizer, write_jsonl
-from helpers_run import Inputs, lines, run_command, train_here, train_lines, train_on
+from helpers_forks import Forks, train_on
+from helpers_run import Inputs, lines, run_command, train_here, train_lines
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -66,11 +67,11 @@ def whole(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [(None, 2, 4), (None, 1, 8), ("multi_cpu", 2, 2), ("multi_cpu", 1, 4), ("ds_zero2_cpu", 1, 4)],
 )
 def test_any_division_of_a_step_gives_the_same_weights(
-    inputs: Inputs, whole: Path, tmp_path: Path, engine: str | None, micro_batch: int, accumulation: int
+    inputs: Inputs, whole: Path, tmp_path: Path, engine: str | None, micro_batch: int, accumulation: int, forks: Forks
 ) -> None:
     """The sum of all losses at each step, every part on its own, the gradient, the weights, and the held-out losses."""
     sizes = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": accumulation}
-    train_on(engine, words(inputs, tmp_path, EVERYTHING | sizes | {"eval_data": inputs.eval_data}))
+    train_on(engine, words(inputs, tmp_path, EVERYTHING | sizes | {"eval_data": inputs.eval_data}), forks, tmp_path)
     for prefix in ("", "eval_"):
         for ours, theirs in zip(told(tmp_path, prefix), told(whole, prefix), strict=True):
             assert ours == pytest.approx(theirs, rel=2e-5)
