@@ -42,7 +42,7 @@ def shared_dir() -> Path:
 def without_curves() -> Iterator[None]:
     """Drawing a report's curves takes as long as a short run: only tests of the report, and commands, draw them."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(page, "curves", lambda rows: [])
+        patched.setattr(page, "curves", lambda *_: [])
         yield
 
 

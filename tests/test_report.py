@@ -10,7 +10,7 @@ import pytest
 from minimind_dpo.errors import UserError
 from minimind_dpo.report import page
 from minimind_dpo.report.curves import curves, series
-from minimind_dpo.report.page import headlines, write_report
+from minimind_dpo.report.page import before_note, headlines, starts_at_ln2, write_report
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -156,6 +156,20 @@ def test_series_keeps_finite_points_of_the_lines_that_have_the_key():
     assert series(rows, "loss") == ([1.0, 3.0], [0.5, 0.25])
     assert series(rows, "eval_loss") == ([1.0], [0.4])
     assert series(rows, "grad_norm") == ([], [])
+
+
+def test_what_is_said_of_losses_is_true_of_them():
+    """ln 2 and a start of 0 belong to log-sigmoid losses beside a reference that is the policy's start."""
+    assert starts_at_ln2({}) and starts_at_ln2({"loss_type": "sigmoid_norm"}) and starts_at_ln2({"loss_type": ["aot"]})
+    assert not starts_at_ln2({"loss_type": ["ipo"]}) and not starts_at_ln2({"loss_type": ["sigmoid", "sft"]})
+    assert before_note({"loss_type": ["ipo"]}).startswith("Before: the policy still equals the reference")
+    assert before_note({"loss_type": ["simpo", "sft"]}).startswith("Without a reference")
+    assert "need not begin at 0" in before_note({"ref_model_name_or_path": "other"})
+    rows = [{"step": 1, "loss": 3.0, "losses/simpo": 1.0, "losses/sft": 2.0}]
+    titles = dict(curves(rows, starts_at_ln2=False, refers=False))
+    assert "ln 2" not in titles["Loss (nats a pair)"] and "ln 2" in dict(curves(rows))["Loss (nats a pair)"]
+    assert "simpo" in titles["Parts of the loss (unweighted)"]
+    assert "Parts of the loss (unweighted)" not in dict(curves([{"step": 1, "loss": 3.0}]))
 
 
 def test_reward_accuracy_has_no_before():

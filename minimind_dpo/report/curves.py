@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import cycle
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 if TYPE_CHECKING:
@@ -15,8 +16,14 @@ Series = tuple[list[float], list[float]]  # optimizer steps, values
 BLUE, ORANGE, GREEN, GREY = "#3b82f6", "#f97316", "#1f9d62", "#8b8f98"  # readable on white and on black
 
 
-def curves(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """(title, inline SVG) of every curve that has at least one finite point."""
+def curves(rows: list[dict[str, Any]], starts_at_ln2: bool = True, refers: bool = True) -> list[tuple[str, str]]:
+    """(title, inline SVG) of every curve that has at least one finite point.
+
+    Args:
+        rows: of metrics.jsonl.
+        starts_at_ln2: a loss of ln 2 knows no preference.
+        refers: rewards are told against a reference.
+    """
 
     def lines(*names: tuple[str, str, str]) -> list[tuple[str, str, Series]]:
         found = [(label, colour, series(rows, key)) for key, label, colour in names]
@@ -33,7 +40,12 @@ def curves(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
         axes.axhline(0.0, color=GREY, linewidth=1, linestyle=":")
 
     plots: list[tuple[str, list[tuple[str, str, Series]], Callable[[Axes], None] | None]] = [
-        ("Loss (nats a pair)", lines(("loss", "training", BLUE), ("eval_loss", "held-out", ORANGE)), ln2),
+        (
+            "Loss (nats a pair)",
+            lines(("loss", "training", BLUE), ("eval_loss", "held-out", ORANGE)),
+            ln2 if starts_at_ln2 else None,
+        ),
+        ("Parts of the loss (unweighted)", lines(*_parts(rows)), None),
         (
             "Accuracy (share of pairs)",
             lines(
@@ -44,7 +56,7 @@ def curves(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
             half,
         ),
         (
-            "Rewards (beta × summed log-ratio to the reference)",
+            f"Rewards (beta × summed {'log-ratio to the reference' if refers else 'log-probability'})",
             lines(("rewards/chosen", "chosen", BLUE), ("rewards/rejected", "rejected", ORANGE)),
             zero,
         ),
@@ -57,6 +69,13 @@ def curves(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
         ("Gradient norm (before clipping)", lines(("grad_norm", "gradient norm", BLUE)), None),
     ]
     return [(title, _svg(title, found, extra)) for title, found, extra in plots if found]
+
+
+def _parts(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
+    """(metric, its name, a colour) of each part of a loss that has several."""
+    names = dict.fromkeys(name for row in rows for name in row if name.startswith("losses/"))
+    for name, colour in zip(names, cycle((BLUE, ORANGE, GREEN, GREY)), strict=False):
+        yield name, name.removeprefix("losses/"), colour
 
 
 def series(rows: list[dict[str, Any]], key: str) -> Series:

@@ -18,10 +18,12 @@ from jinja2 import Environment
 
 from minimind_dpo.errors import UserError
 from minimind_dpo.files import write_text
+from minimind_dpo.losses import LOSSES
 from minimind_dpo.report.curves import curves, is_finite
 
 logger = logging.getLogger(__name__)
 
+_LN2 = {"sigmoid", "sigmoid_norm", "robust", "aot", "aot_unpaired", "beta_dpo"}
 EVAL_ORDER = [
     "logps/accuracies",
     "loss",
@@ -55,8 +57,9 @@ def write_report(run_dir: Path) -> Path:
             title=str(config.get("run_name") or run_dir.resolve().name),
             finished=bool(summary),
             headlines=headlines(summary, rows, replies),
-            curves=curves(rows),
+            curves=curves(rows, starts_at_ln2(config), refers(config)),
             evaluation=evaluation_table(summary),
+            before=before_note(config),
             replies=replies,
             config=[(key, _text(value)) for key, value in config.items()],
         )
@@ -64,6 +67,36 @@ def write_report(run_dir: Path) -> Path:
     path = run_dir / "report.html"
     write_text(path, page)
     return path
+
+
+def refers(config: dict[str, Any]) -> bool:
+    """Whether a run's losses read a reference; one from outside is taken to."""
+    return any(LOSSES[name].needs_reference if name in LOSSES else True for name in _losses(config))
+
+
+def starts_at_ln2(config: dict[str, Any]) -> bool:
+    """Whether a policy that equals its reference has a loss of ln 2: each loss is a log-sigmoid of the margin."""
+    return {*_losses(config)} <= _LN2 and len(_losses(config)) == 1
+
+
+def before_note(config: dict[str, Any]) -> str:
+    """What to know of the metrics before the first step."""
+    if not refers(config):
+        return (
+            "Without a reference rewards are beta times the policy's log-probabilities: only differences say something."
+        )
+    if config.get("ref_model_name_or_path"):
+        return "Rewards are told against a reference that is not the policy's start, so they need not begin at 0."
+    return (
+        "Before: the policy still equals the reference, so rewards and margins are 0 and, since a tie counts as 0, "
+        "so is rewards/accuracies."
+    )
+
+
+def _losses(config: dict[str, Any]) -> list[str]:
+    """Of a configuration of today, or of one with a single name."""
+    named = config.get("loss_type", ["sigmoid"])
+    return list(named) if isinstance(named, list) else [str(named)]
 
 
 def headlines(

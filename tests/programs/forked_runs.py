@@ -36,7 +36,7 @@ from minimind_dpo.engine.plain import Plain
 from minimind_dpo.train import run
 
 IMPORTED = Path(tempfile.mkdtemp()) / "modules"
-page.curves = lambda rows: []  # half of a short run's time, and nothing here looks at them
+page.curves = lambda *_: []  # half of a short run's time, and nothing here looks at them
 
 
 def set_bomb(bomb: dict[str, Any]) -> None:
