@@ -218,7 +218,7 @@ def test_figures_and_verdicts(job: workloads.Job, capsys: pytest.CaptureFixture[
 def test_what_is_planted_is_what_data_check_finds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = load_tokenizer(checking.DEMO_TOKENIZER)
     path, held, ledger = (tmp_path / name for name in ("rows.jsonl", "held.jsonl", "ledger.jsonl"))
-    path.write_text("".join(f"{line}\n" for line in checking.lines(100, tokenizer)), "utf-8")
+    path.write_text("".join(f"{line}\n" for line in checking.lines(100, tokenizer, 1.0)), "utf-8")
     planted = checking.plant(path, held, 3, tokenizer.bos_token)
     argv = ["--data", str(path), "--eval_data", str(held), "--tokenizer", str(checking.DEMO_TOKENIZER), "--json"]
     argv += ["--completion_mask", "all_assistant"]

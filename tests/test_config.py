@@ -178,6 +178,9 @@ def test_identity_is_what_checkpoints_hold() -> None:
         "f_alpha_divergence_coef": 0.5,
         "ld_alpha": None,
         "use_weighting": False,
+        "sync_ref_model": False,
+        "ref_model_mixup_alpha": 0.6,
+        "ref_model_sync_steps": 512,
     }
     assert {name: now.pop(name) for name in absent_then} == absent_then
     decided_later = {name: now.pop(name) for name in ("matmul", "weight_rounding")}

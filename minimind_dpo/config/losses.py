@@ -27,7 +27,7 @@ def to_weights(value: Any) -> list[float]:
         weights = [float(item) for item in to_names(value)]
     except ValueError:
         weights = [nan]
-    if not all(isfinite(weight) for weight in weights) or not any(weights):
+    if not all(isfinite(weight) for weight in weights) or (weights and not any(weights)):
         raise ValueError(f"expected numbers, not all of them 0, as in 1.0 0.2; found {value!r}")
     return weights
 

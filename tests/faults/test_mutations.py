@@ -16,7 +16,8 @@ from minimind_dpo.checkpoints.files import FragmentReader
 from minimind_dpo.data.order import PairOrder
 from minimind_dpo.engine import plain
 from minimind_dpo.errors import UserError
-from minimind_dpo.training import loop, setup
+from minimind_dpo.training import data as run_data
+from minimind_dpo.training import loop
 from minimind_dpo.training.schedule import learning_rate_schedule
 
 OPTIONS: dict[str, Any] = {"num_train_epochs": 2, "save_steps": 1, "learning_rate": 1e-3}
@@ -55,7 +56,9 @@ def rate_lost(patched: pytest.MonkeyPatch) -> None:
 
 
 def order_lost(patched: pytest.MonkeyPatch) -> None:
-    patched.setattr(setup, "PairOrder", lambda pairs, batch, seed, shuffle: PairOrder(pairs, batch, seed + 1, shuffle))
+    patched.setattr(
+        run_data, "PairOrder", lambda pairs, batch, seed, shuffle: PairOrder(pairs, batch, seed + 1, shuffle)
+    )
 
 
 MUTATIONS = [moments_lost, weights_lost, step_count_lost, rate_lost, order_lost]

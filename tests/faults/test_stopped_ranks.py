@@ -14,13 +14,13 @@ from helpers_run import Inputs
 PATIENCE = 8  # seconds
 STOP = int(signal.SIGSTOP)
 ANYWHERE = [
-    Bomb("training.setup", "_tokenize", 1, "after", 0, STOP),
+    Bomb("training.data", "_tokenize", 1, "after", 0, STOP),
     Bomb("reference.filling", "split_by_tokens", 1, "after", 0, STOP),
     Bomb("training.evaluation", "score_batch", 2, "after", 1, STOP),
     Bomb("checkpoints.directory", "_entries", 2, "before", 1, STOP),
     Bomb("training.run_directory", "seal_model", 1, "before", 0, STOP),
 ]
-AMID_STEPS = [Bomb("training.loop", "score_batch", 3, "after", rank, STOP) for rank in (0, 1)]
+AMID_STEPS = [Bomb("training.step", "score_batch", 3, "after", rank, STOP) for rank in (0, 1)]
 
 
 @pytest.mark.faults
