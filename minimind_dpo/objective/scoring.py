@@ -16,6 +16,8 @@ from minimind_dpo.models.fast.patch import Patch
 from minimind_dpo.models.fast.products import TORCH
 from minimind_dpo.models.router import router_aux_loss, router_settings
 
+_NOTHING = torch.empty(0)
+
 
 class PairScores(NamedTuple):
     """What one forward pass says of B pairs.
@@ -24,12 +26,12 @@ class PairScores(NamedTuple):
         per_token_logps: [M] log-probabilities (nats) of the counted tokens in the batch's canonical order.
         aux_losses: [B] router loss of each pair, the mean of its two sequences; zeros for a dense model.
         log_squares: [M] log sum_v p(v)^2 over the vocabulary where each of them stands, without gradient; where the
-            scorer was told to.
+            scorer was told to, else empty.
     """
 
     per_token_logps: Tensor
     aux_losses: Tensor
-    log_squares: Tensor | None = None
+    log_squares: Tensor = _NOTHING
 
 
 class PairScorer(nn.Module):
@@ -85,11 +87,11 @@ class PairScorer(nn.Module):
             else:
                 output = self.model(**inputs, logits_to_keep=_kept(batch))
                 scored = _scored(output.logits.flatten(0, -2).float(), batch.target_ids, self.squares)
-        logps, squares = scored if self.squares else (scored, None)
+        logps, squares = scored if self.squares else (scored, _NOTHING)
         return PairScores(
             logps[batch.token_index],
             self._aux_losses(output, batch) if wants_router else logps.new_zeros(len(batch)),
-            None if squares is None else squares[batch.token_index],
+            squares[batch.token_index] if self.squares else squares,
         )
 
     @property

@@ -92,6 +92,5 @@ def _policy_weights(scores: PairScores, batch: PairBatch) -> Tensor:
 
     How likely the policy itself would say the pair: WPO (Zhou et al. 2024, arXiv:2406.11827, equation 2).
     """
-    assert scores.log_squares is not None
     chosen, rejected = sum_per_side(scores.per_token_logps.detach() - scores.log_squares, batch)
     return (chosen / batch.chosen_tokens + rejected / batch.rejected_tokens).exp()

@@ -116,8 +116,6 @@ def _run(
         "max_length": run.length,
         "per_device_train_batch_size": run.pairs,
         "reference": "auto" if run.reference == "none" else run.reference,
-        "sync_ref_model": str(run.follows).lower(),
-        "ref_model_sync_steps": 1,
         "gradient_checkpointing": str(run.checkpointing).lower(),
         "learning_rate": 1e-6,
         "dtype": run.dtype,
@@ -127,6 +125,8 @@ def _run(
     }
     flags = [*flags, *(str(word) for name, value in settings.items() for word in (f"--{name}", value))]
     flags += ["--loss_type", *run.loss_type]
+    if run.follows:
+        flags += ["--sync_ref_model", "true", "--ref_model_sync_steps", "1"]
     kept = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | dict(os.environ)
     result = subprocess.run(
         [*command, *flags],

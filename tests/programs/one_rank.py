@@ -13,10 +13,10 @@ from typing import Any
 from minimind_dpo.ending import Ending
 from minimind_dpo.errors import UserError
 from minimind_dpo.train import main
-from minimind_dpo.training import loop
+from minimind_dpo.training import step as stepping
 
 rank, step, what = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-seed = loop._seed
+seed = stepping._seed
 
 
 def grief(run: Any, current: int, index: int) -> None:
@@ -30,7 +30,7 @@ def grief(run: Any, current: int, index: int) -> None:
     seed(run, current, index)
 
 
-loop._seed = grief
+stepping._seed = grief
 with Ending() as ending:
     ending.code = main(sys.argv[4:])
 sys.exit(ending.code)
