@@ -231,7 +231,8 @@ def run(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
     def run(model: Path, output_dir: Path, precision: str, engine: str = "single_cpu", **options: Any) -> str:
         words, surroundings = flags(model, output_dir, **options), tmp_path_factory.mktemp("surroundings")
-        cache = {"MINIMIND_DPO_CACHE": os.environ["MINIMIND_DPO_CACHE"]}
+        # a test has one cache for all its runs; a fixture that serves several is made before there is one
+        cache = {"MINIMIND_DPO_CACHE": os.environ.get("MINIMIND_DPO_CACHE", str(surroundings / "cache"))}
         codes = forks.run(words, surroundings, f"{engine} --mixed_precision {precision}", **cache)
         said = (surroundings / "log").read_text("utf-8")
         assert set(codes) == {0}, said
