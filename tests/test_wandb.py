@@ -100,7 +100,7 @@ def test_history_is_metrics_jsonl(inputs: Inputs, tmp_path: Path) -> None:
     _assert_same_numbers(history, lines(tmp_path / "run"))
 
     config = _config(path)
-    assert config["beta"] == 0.5 and config["loss_type"] == "sigmoid" and config["learning_rate"] == 1e-2
+    assert config["beta"] == 0.5 and config["loss_type"] == ["sigmoid"] and config["learning_rate"] == 1e-2
     assert config["train_data"] == [str(inputs.train_data)] and config["per_device_train_batch_size"] == 4
     (run,) = [record.run for record in _records(path) if record.WhichOneof("record_type") == "run"]
     assert run.display_name == "tiny run" and run.project == "minimind_dpo"
