@@ -162,7 +162,7 @@ def test_every_number_has_bounds() -> None:
 
 def test_defaults_keep_their_own_bounds() -> None:
     config = make_config({"model_name_or_path": "m", "train_data": "a"})
-    assert make_config(as_told(config)) == config
+    assert make_config(as_told(config)) == make_config(vars(config)) == config
 
 
 def test_identity_is_what_checkpoints_hold() -> None:

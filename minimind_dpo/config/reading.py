@@ -14,7 +14,7 @@ import yaml
 
 from minimind_dpo.config.data import data_problems, to_columns, to_sources
 from minimind_dpo.config.losses import loss_problems, to_names, to_weights, with_loss_settings
-from minimind_dpo.config.settings import TrainConfig, as_told
+from minimind_dpo.config.settings import TrainConfig, as_told, told_apart
 from minimind_dpo.config.text import TextLoader
 from minimind_dpo.config.weights import weight_problems
 from minimind_dpo.errors import UserError
@@ -58,7 +58,7 @@ def make_config(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Trai
     problems = list(problems)
     converted: dict[str, Any] = {}
     own: dict[str, float] = {}
-    for name, value in values.items():
+    for name, value in told_apart(values).items():
         try:
             if name in own_settings():
                 own[name] = _to_number(value)

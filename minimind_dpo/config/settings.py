@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -215,15 +215,19 @@ def identity(config: TrainConfig) -> dict[str, Any]:
 
 
 def as_told(config: TrainConfig) -> dict[str, Any]:
-    """A configuration as yaml has it: what `make_config` makes the same of.
+    """A configuration as yaml has it: what `make_config` makes the same of; UserError as `told_apart`."""
+    return told_apart(asdict(config))
+
+
+def told_apart(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Raw values with each setting of a loss's own under its name, where `loss_settings` has them together.
 
     Raises:
-        UserError: `loss_settings` names what is no loss's own.
+        UserError: it has something else.
     """
-    told = asdict(config)
-    own = told.pop("loss_settings")
+    told = dict(values)
+    own = told.pop("loss_settings", {})
     if foreign := own.keys() - own_settings().keys():
-        raise UserError(
-            f"loss_settings: {', '.join(sorted(foreign))} belongs to no loss; it has {', '.join(own_settings())}"
-        )
+        has = ", ".join(own_settings())
+        raise UserError(f"loss_settings: {', '.join(sorted(foreign))} belongs to no loss; it has {has}")
     return told | own
