@@ -91,9 +91,17 @@ def data_problems(config: TrainConfig, skip: set[str]) -> list[str]:
     ):
         problems.append("eval_steps: needs eval_data or eval_split")
     try:
-        if len(config.template_date) != 10:
-            raise ValueError
-        date.fromisoformat(config.template_date)
-    except ValueError:
-        problems.append(f"template_date: expected a day as 2024-07-26, found {config.template_date!r}")
+        check_day(config.template_date)
+    except ValueError as error:
+        problems.append(f"template_date: {error}")
     return problems
+
+
+def check_day(text: str) -> str:
+    """The same text; ValueError where it is no day."""
+    try:
+        if len(text) == 10:
+            return date.fromisoformat(text).isoformat()
+    except ValueError:
+        pass
+    raise ValueError(f"expected a day as 2024-07-26, found {text!r}")

@@ -8,7 +8,7 @@ from math import isfinite, nan
 from typing import Any
 
 from minimind_dpo.config.settings import TrainConfig
-from minimind_dpo.losses import LOSSES, own_settings
+from minimind_dpo.losses import LOSSES, Loss, own_settings
 
 
 def to_names(value: Any) -> list[str]:
@@ -34,21 +34,21 @@ def to_weights(value: Any) -> list[float]:
 
 def with_loss_settings(config: TrainConfig) -> TrainConfig:
     """The configuration with every setting of its losses' own, and with weights only where they say something."""
-    settings = {
-        name: setting.default
-        for loss_type in config.loss_type
-        if loss_type in LOSSES
-        for name, setting in LOSSES[loss_type].settings.items()
-    }
+    settings = {name: own.default for loss in _known(config).values() for name, own in loss.settings.items()}
     says_nothing = config.loss_weights == [1.0] * len(config.loss_type)
     return dataclasses.replace(
         config, loss_settings=settings | config.loss_settings, loss_weights=[] if says_nothing else config.loss_weights
     )
 
 
+def _known(config: TrainConfig) -> dict[str, Loss]:
+    """The losses that are asked for and there, by name."""
+    return {name: LOSSES[name] for name in config.loss_type if name in LOSSES}
+
+
 def loss_problems(config: TrainConfig) -> Iterator[str]:
     """A message for each setting of the loss that has no meaning beside the others."""
-    losses = {name: LOSSES[name] for name in config.loss_type if name in LOSSES}
+    losses = _known(config)
     if not config.loss_type:
         yield f"loss_type: missing; one or several of {', '.join(LOSSES)}"
     if len(set(config.loss_type)) < len(config.loss_type):
@@ -67,7 +67,7 @@ def loss_problems(config: TrainConfig) -> Iterator[str]:
 
 
 def _setting_problems(config: TrainConfig) -> Iterator[str]:
-    losses = {name: LOSSES[name] for name in config.loss_type if name in LOSSES}
+    losses = _known(config)
     smoothed = [name for name, loss in LOSSES.items() if "label_smoothing" in loss.names]
     if config.label_smoothing and losses.keys().isdisjoint(smoothed):
         yield (
@@ -108,7 +108,7 @@ def _unused(config: TrainConfig) -> Iterator[str]:
 def _divergence_problems(config: TrainConfig) -> Iterator[str]:
     if config.f_divergence_type == "reverse_kl":
         return
-    losses = {name: LOSSES[name] for name in config.loss_type if name in LOSSES}
+    losses = _known(config)
     able = [name for name, loss in LOSSES.items() if loss.takes_divergences]
     unable = [name for name, loss in losses.items() if loss.reads_more_than_scores]
     if unable or losses.keys().isdisjoint(able):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from datetime import date
 
 from minimind_dpo.config import COMPLETION_MASKS, TrainConfig
+from minimind_dpo.config.data import check_day
 
 
 def data_parser(verb: str, description: str) -> argparse.ArgumentParser:
@@ -37,8 +37,6 @@ def data_parser(verb: str, description: str) -> argparse.ArgumentParser:
 
 def _day(text: str) -> str:
     try:
-        if len(text) == 10:
-            return date.fromisoformat(text).isoformat()
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"expected a day as 2024-07-26, found {text!r}")
+        return check_day(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

@@ -198,11 +198,14 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether an error says so; what torch raises on a CPU is a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def _is_fault(error: Exception) -> bool:
     """Whether an error is no refusal: memory or the machine gave out, or one of our own kernels did."""
-    if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError)):
-        return True
-    if "can't allocate memory" in str(error):  # what torch raises on a CPU is a plain RuntimeError
+    if ran_out_of_memory(error) or isinstance(error, (torch.AcceleratorError, torch.distributed.DistError)):
         return True
     if isinstance(error, NotImplementedError):  # a kernel's own word for what it has no form for
         return False

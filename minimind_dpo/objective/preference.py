@@ -70,11 +70,6 @@ class Preference(NamedTuple):
         return any(LOSSES[name].over_step for name in self.weights)
 
     @property
-    def needs_reference(self) -> bool:
-        """Whether a loss reads the reference."""
-        return any(LOSSES[name].needs_reference for name in self.weights)
-
-    @property
     def remembers(self) -> bool:
         """Whether a loss looks back at earlier steps."""
         return any("earlier_logits" in LOSSES[name].names for name in self.weights)

@@ -29,21 +29,11 @@ def curves(rows: list[dict[str, Any]], starts_at_ln2: bool = True, refers: bool 
         found = [(label, colour, series(rows, key)) for key, label, colour in names]
         return [line for line in found if line[2][0]]
 
-    def ln2(axes: Axes) -> None:
-        axes.axhline(math.log(2), color=GREY, linewidth=1, linestyle=":", label="ln 2: knows no preference")
-
-    def half(axes: Axes) -> None:
-        axes.axhline(0.5, color=GREY, linewidth=1, linestyle=":")
-        axes.set_ylim(-0.03, 1.03)
-
-    def zero(axes: Axes) -> None:
-        axes.axhline(0.0, color=GREY, linewidth=1, linestyle=":")
-
     plots: list[tuple[str, list[tuple[str, str, Series]], Callable[[Axes], None] | None]] = [
         (
             "Loss (nats a pair)",
             lines(("loss", "training", BLUE), ("eval_loss", "held-out", ORANGE)),
-            ln2 if starts_at_ln2 else None,
+            _ln2 if starts_at_ln2 else None,
         ),
         ("Parts of the loss (unweighted)", lines(*_parts(rows)), None),
         (
@@ -53,22 +43,35 @@ def curves(rows: list[dict[str, Any]], starts_at_ln2: bool = True, refers: bool 
                 ("eval_rewards/accuracies", "held-out: chosen reward higher", ORANGE),
                 ("eval_logps/accuracies", "held-out: chosen likelier", GREEN),
             ),
-            half,
+            _half,
         ),
         (
             f"Rewards (beta × summed {'log-ratio to the reference' if refers else 'log-probability'})",
             lines(("rewards/chosen", "chosen", BLUE), ("rewards/rejected", "rejected", ORANGE)),
-            zero,
+            _zero,
         ),
         (
             "Margin (chosen reward − rejected reward)",
             lines(("rewards/margins", "training", BLUE), ("eval_rewards/margins", "held-out", ORANGE)),
-            zero,
+            _zero,
         ),
         ("Learning rate", lines(("learning_rate", "learning rate", BLUE)), None),
         ("Gradient norm (before clipping)", lines(("grad_norm", "gradient norm", BLUE)), None),
     ]
     return [(title, _svg(title, found, extra)) for title, found, extra in plots if found]
+
+
+def _ln2(axes: Axes) -> None:
+    axes.axhline(math.log(2), color=GREY, linewidth=1, linestyle=":", label="ln 2: knows no preference")
+
+
+def _half(axes: Axes) -> None:
+    axes.axhline(0.5, color=GREY, linewidth=1, linestyle=":")
+    axes.set_ylim(-0.03, 1.03)
+
+
+def _zero(axes: Axes) -> None:
+    axes.axhline(0.0, color=GREY, linewidth=1, linestyle=":")
 
 
 def _parts(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minimind_dpo.data.batch import PairBatch
 from minimind_dpo.errors import TrainingError
+from minimind_dpo.objective.layout import ran_out_of_memory
 from minimind_dpo.objective.step import ScoredPairs, score_batch, score_pairs
 from minimind_dpo.objective.sums import empty_sums, loss_sums
 from minimind_dpo.objective.table import PairTable
@@ -30,7 +31,7 @@ def optimizer_step(run: Run, loaded: LoadedStep, learning_rate: float) -> StepRe
     try:
         sums = (_go_back_together if run.preference.over_step else _go_back_apart)(run, loaded)
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if ran_out_of_memory(error):
             raise TrainingError(_memory_advice(run, loaded)) from error
         raise
     stop_requests = torch.full((), float(bool(run.stop)), device=engine.device)
