@@ -6,7 +6,9 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers_forks import Forks
@@ -52,7 +54,7 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
     monkeypatch.setenv("MINIMIND_DPO_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
-@pytest.fixture(autouse=True)
+@contextmanager
 def process_as_before() -> Iterator[None]:
     """A command that runs in this process leaves signals ignored, and sets levels of loggers and variables.
 
@@ -69,6 +71,22 @@ def process_as_before() -> Iterator[None]:
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
     os.environ.update(environment)
+
+
+@pytest.fixture(autouse=True)
+def leave_nothing_behind() -> Iterator[None]:
+    """Each test leaves the process as it was."""
+    with process_as_before():
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Iterator[None]:
+    """So does each fixture of several tests, which is made before a test's own fixtures are."""
+    if fixturedef.scope == "function":
+        return (yield)
+    with process_as_before():
+        return (yield)
 
 
 @pytest.fixture(scope="session")
