@@ -9,7 +9,8 @@
     naive         both sides padded to max_length, two models, logits of every position
     minimind      a MiniMind checkout's own `train_epoch`, models and loss
 
-fp32, AdamW, constant learning rate, no weight decay where it can be set, gradients clipped at norm 1.
+In fp32, with `_bf16` in a name of ours or TRL's in bf16 autocast over fp32 weights. AdamW, constant learning rate, no
+weight decay where it can be set, gradients clipped at norm 1.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def contest(name: str, job: Job, gate: Gate) -> None:
 
 def ours(name: str, job: Job, gate: Gate) -> None:
     """The product: a run put together and trained by its own entry points, with a gate in place of metrics.jsonl."""
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if "_bf16" in name else "no"
     from minimind_dpo.config import make_config
     from minimind_dpo.ending import StopRequest
     from minimind_dpo.engine.launcher import start_engine
@@ -70,7 +72,7 @@ def ours(name: str, job: Job, gate: Gate) -> None:
             "max_steps": job.steps,
             "per_device_train_batch_size": job.micro_batch,
             "gradient_accumulation_steps": job.batch // job.micro_batch,
-            "reference": "live" if name == "ours_live" else "cache",
+            "reference": "live" if "_live" in name else "cache",
             "loss_type": job.loss_type,
             "beta": job.beta,
             "learning_rate": job.learning_rate,
@@ -83,7 +85,7 @@ def ours(name: str, job: Job, gate: Gate) -> None:
     )
     with StopRequest() as stop:
         run = build_run(config, start_engine(config), None, stop)
-        if name == "ours_fill":
+        if "_fill" in name:
             _fill(run, gate)
         else:
             train(run, RunLog(_MetricsGate(gate)))  # type: ignore[arg-type]
@@ -140,7 +142,7 @@ def trl(name: str, job: Job, gate: Gate) -> None:
     args = DPOConfig(
         output_dir=str(Path(job.scratch) / name),
         use_cpu=True,
-        bf16=False,
+        bf16="_bf16" in name,
         gradient_checkpointing=False,
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=job.batch // micro_batch,

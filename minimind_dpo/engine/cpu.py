@@ -16,8 +16,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 LARGE = 32 << 20  # bytes; blocks from this size on come from the system, one by one. glibc allows no larger value
 
 # Kernels that oneDNN keeps, one for each shape of a product. It would keep 1,024; as lengths change from batch to batch
-# that took 300 MiB more in 16 steps of 26M parameters, and with fewer hardly any time.
-KERNELS = 64
+# that took 300 MiB more in 16 steps of 26M parameters. Those of one micro-batch have to fit, or each layer builds them
+# anew: some 20 of layers and head, and in bf16 up to 60 of attention (with 64 kept a bf16 step took a tenth more time).
+KERNELS = 128
 
 
 class Processor(NamedTuple):

@@ -6,7 +6,8 @@ are computed inside a block only, and the softmax is kept while it is small.
 
 In half precision the forward pass is that of fp32, and what it keeps is rounded, as are the products of the backward
 pass: scores rounded to bf16 would make the softmax four times as wrong as SDPA's, since torch has no product of bf16
-matrices on the CPU that gives fp32.
+matrices on the CPU that gives fp32. oneDNN, which makes bf16 products, builds a kernel for each shape that it meets,
+which takes as long as seven of these products; so blocks are filled up with zeros to few shapes there.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minimind_dpo.data.batch import PairSegment
@@ -24,6 +26,7 @@ from minimind_dpo.models.fast.attention_blocks import QueryBlock, banded_mask, p
 
 BLOCK = 128  # queries at a time; fewer make products too small, more compute too many hidden scores
 KEPT_KEYS = 384  # the softmax of queries that see more keys is computed again: it would outgrow the other activations
+FILLED = 64  # in half precision rows and keys of a block are a multiple of it
 
 
 class CpuPairAttention(torch.autograd.Function):
@@ -69,20 +72,27 @@ class CpuPairAttention(torch.autograd.Function):
         """Gradients of query, key and value."""
         query, key, value, *kept = ctx.saved_tensors
         group = query.shape[1] // key.shape[1]
-        scaled, grads = _rows(query.float(), group).mul_(ctx.scaling), _rows(grad_output.transpose(1, 2), group)
         half = query.dtype != torch.float32
-        queries = _rows(query, group) if half else scaled  # scaled ones would be rounded once more
-        grad_queries = (torch.empty_like if ctx.wanted is None else torch.zeros_like)(queries)
+        spare = FILLED if half else 0
+        scaled = _rows(query.float(), group).mul_(ctx.scaling)
+        grads = _rows(grad_output.transpose(1, 2), group, spare)
+        queries = _rows(query, group, spare) if half else scaled  # scaled ones would be rounded once more
+        grad_queries = (torch.empty_like if ctx.wanted is None else torch.zeros_like)(scaled, dtype=query.dtype)
         grad_key, grad_value = (torch.zeros_like(states, dtype=torch.float32) for states in (key, value))
+        keys, values = (F.pad(states, (0, 0, 0, spare))[0] if half else states[0] for states in (key, value))
         for block, weights in zip(query_blocks(ctx.segments, ctx.wanted), kept, strict=True):
             rows = slice(block.start * group, block.end * group)
-            keys, grad = visible_states(key, block)[0], grads[:, rows]
             if weights is None:
-                weights = _weights(scaled[:, rows], keys.float(), block, ctx.window).to(query.dtype)
-            grad_weights = _product(grad, visible_states(value, block)[0].mT)
+                weights = _weights(scaled[:, rows], visible_states(key, block)[0].float(), block, ctx.window)
+            weights = _filled(weights.to(query.dtype)) if half else weights
+            # what is filled up meets the neighbours' rows and keys, with weights of zero
+            wide = block._replace(end=block.end + weights.shape[2] - block.keys)
+            own = slice(rows.start, rows.start + weights.shape[1])
+            grad, seen = grads[:, own], visible_states(keys, wide)
+            grad_weights = _product(grad, visible_states(values, wide).mT)
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grad_queries[:, rows] = _product(grad_scores, keys)
-            _add(grad_key[0], block, _product(grad_scores.mT, queries[:, rows]))
+            grad_queries[:, rows] = _product(grad_scores, seen)[:, : rows.stop - rows.start]
+            _add(grad_key[0], block, _product(grad_scores.mT, queries[:, own]))
             _add(grad_value[0], block, _product(weights.mT, grad))
         if half:
             grad_key.mul_(ctx.scaling)
@@ -110,10 +120,23 @@ def keeps_weights(block: QueryBlock) -> bool:
     return block.keys <= KEPT_KEYS
 
 
-def _rows(states: Tensor, group: int) -> Tensor:
-    """A copy of [1, heads, T, D] as [key heads, T x group, D]: a position's heads that share keys follow each other."""
+def _filled(weights: Tensor) -> Tensor:
+    """[key heads, rows, K] filled up with zeros to multiples of `FILLED`."""
+    _, rows, keys = weights.shape
+    return F.pad(weights, (0, -keys % FILLED, 0, -rows % FILLED))
+
+
+def _rows(states: Tensor, group: int, spare: int = 0) -> Tensor:
+    """A copy of [1, heads, T, D] as [key heads, T x group, D]: a position's heads that share keys follow each other.
+
+    With so many spare rows of zeros at its end.
+    """
     rows = states[0].unflatten(0, (-1, group)).transpose(1, 2)
-    return rows.clone(memory_format=torch.contiguous_format).flatten(1, 2)
+    if not spare:
+        return rows.clone(memory_format=torch.contiguous_format).flatten(1, 2)
+    output = states.new_zeros(rows.shape[0], rows.shape[1] * group + spare, rows.shape[3])
+    output[:, :-spare].unflatten(1, (-1, group)).copy_(rows)
+    return output
 
 
 def _positions(rows: Tensor, group: int) -> Tensor:
@@ -141,7 +164,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     by all threads: three products on two threads take a quarter less time.
     """
     if left.dtype != torch.float32:
-        return torch.bmm(left, right)
+        return torch.bmm(_whole(left), _whole(right))
     count, threads = len(left), torch.get_num_threads()
     even = count - count % threads
     if even in (0, count):
@@ -153,13 +176,18 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return output
 
 
+def _whole(factor: Tensor) -> Tensor:
+    """Without the strides of a longer row, which would make another shape of it to oneDNN."""
+    return factor if factor.is_contiguous() or factor.mT.is_contiguous() else factor.contiguous()
+
+
 @lru_cache(maxsize=BLOCK)
 def _upper_triangle(size: int) -> Tensor:
     return banded_mask(size, size, None, torch.float32, torch.device("cpu"))
 
 
 def _add(total: Tensor, block: QueryBlock, grad: Tensor) -> None:
-    """Add a block's gradient [key heads, K, D] to the row's."""
+    """Add a block's gradient [key heads, K or more, D] to the row's."""
     if block.shared:
         total[:, block.prefix] += grad[:, : block.shared]
-    total[:, block.own] += grad[:, block.shared :]
+    total[:, block.own] += grad[:, block.shared : block.keys]
