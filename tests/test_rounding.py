@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_data import write_jsonl
 from helpers_forks import Forks
 from helpers_run import run_command, same_bits, train_lines
 from torch import Tensor
@@ -312,6 +313,24 @@ def test_a_resumed_run_has_the_undisturbed_one_s_bits(
     run(WEIGHTS, tmp_path / "cut", precision, engine, **settings, save_steps=3)
     assert same_bits(tmp_path / "whole", tmp_path / "cut")
     assert margins(tmp_path / "whole") == margins(tmp_path / "cut")
+
+
+def test_micro_batches_add_up_in_fp32_under_zero(run: Runs, tmp_path: Path, on_the_grid: Path) -> None:
+    """In bf16 what is a thousandth of the sum would be lost, each time."""
+    row = json.loads((ASSETS / "train.jsonl").read_text("utf-8").splitlines()[0])
+    norms = {}
+    for size in (1, 8):
+        output_dir = tmp_path / str(size) / "run"
+        words: dict[str, Any] = {
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": 8 // size,
+            "shuffle": "false",
+        }
+        rows = [row | {"weight": weight} for weight in (1.0, *[1 / 1024] * 15)]
+        words["train_data"] = write_jsonl(tmp_path / "weighted.jsonl", rows)
+        run(on_the_grid, output_dir, "bf16", "ds_zero2_cpu", max_steps=1, **words)
+        norms[size] = train_lines(output_dir)[0]["grad_norm"]
+    assert norms[1] == pytest.approx(norms[8], rel=2e-3)
 
 
 def test_a_reference_off_the_grid_starts_equal_and_a_cache_belongs_to_its_rounding(run: Runs, tmp_path: Path) -> None:
