@@ -48,7 +48,10 @@ class HalfWeights:
     def __init__(self, masters: Mapping[str, nn.Parameter], dtype: torch.dtype, rounding: str):
         self._names = {master: name for name, master in masters.items() if master.dtype == torch.float32}
         self._rounding = rounding
-        self.copies = {master: torch.empty_like(master, dtype=dtype) for master in self._names}
+        self.copies = {
+            master: torch.empty_like(master, dtype=dtype, memory_format=torch.contiguous_format)
+            for master in self._names
+        }
         self._round(self.copies, 0)
 
     def refresh(self, step: int) -> None:
@@ -60,11 +63,20 @@ class HalfWeights:
         for master in masters:
             copy = self.copies[master]
             rounding = self._rounding if master.requires_grad else "nearest"
-            copy.copy_(rounded(master, copy.dtype, rounding, self._names[master], step=step))
+            rounded(master, copy.dtype, rounding, self._names[master], step=step, out=copy)
 
 
 @torch.no_grad()
-def rounded(weights: Tensor, dtype: torch.dtype, rounding: str, name: str, *, start: int = 0, step: int = 0) -> Tensor:
+def rounded(
+    weights: Tensor,
+    dtype: torch.dtype,
+    rounding: str,
+    name: str,
+    *,
+    start: int = 0,
+    step: int = 0,
+    out: Tensor | None = None,
+) -> Tensor:
     """Weights in half precision.
 
     Args:
@@ -74,13 +86,14 @@ def rounded(weights: Tensor, dtype: torch.dtype, rounding: str, name: str, *, st
         name: of the parameter.
         start: index of the first of `weights` in the flattened parameter.
         step: optimizer steps taken; counts for `stochastic`.
+        out: contiguous, of `dtype`; gets them, else a new tensor does.
     """
     if rounding == "nearest" or weights.dtype != torch.float32:
-        return weights.to(dtype)
+        return weights.to(dtype) if out is None else out.copy_(weights)
     key = f"{name} {step}" if rounding == "stochastic" else name
     offset = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") + start
     flat = weights.detach().reshape(-1)
-    output = torch.empty_like(flat, dtype=dtype)
+    output = torch.empty_like(flat, dtype=dtype) if out is None else out.view(-1)
     thresholds, most = _thresholds(flat.device, _BITS[dtype])
     for first in range(0, len(flat), most):
         part = flat[first : first + most]
