@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 Agree = Callable[[Any], Any]
+Collate = Callable[[Sequence[dict[str, Any]]], PairBatch]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class PairLayout:
     """
 
     id: str
-    function: Callable[[Sequence[dict[str, Any]]], PairBatch]
+    function: Collate
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> PairBatch:
         """The batch of `rows`."""

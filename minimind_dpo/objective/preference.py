@@ -101,7 +101,9 @@ def dpo_losses(pairs: PairLogps, preference: Preference, earlier_logits: Tensor 
         earlier_logits: the running mean of `logits` over earlier steps, a scalar.
     """
     inputs: dict[str, Tensor | float] = {**_inputs(pairs, preference)}
-    inputs["earlier_logits"] = torch.as_tensor(earlier_logits, dtype=torch.float64, device=pairs.weights.device)
+    if preference.remembers:  # filled in on the device: a number that is copied there is waited for
+        zero = torch.zeros((), dtype=torch.float64, device=pairs.weights.device)
+        inputs["earlier_logits"] = zero + earlier_logits
     inputs |= {"beta": preference.beta, "label_smoothing": preference.label_smoothing} | preference.settings
     parts = {}
     for name in preference.weights:
