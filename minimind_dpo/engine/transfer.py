@@ -1,9 +1,14 @@
-"""Tensors on their way to a device."""
+"""Tensors on their way to a GPU, and whether one is there: the kernels to use for it are others than a CPU's."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether a tensor is on a GPU, so that launches and waits count."""
+    return tensor.is_cuda
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

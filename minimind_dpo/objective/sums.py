@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from minimind_dpo.data.batch import PairBatch
-from minimind_dpo.engine.transfer import send
+from minimind_dpo.engine import transfer
+from minimind_dpo.models.fast.segments import sum_segments
 from minimind_dpo.objective.preference import PairLosses, implicit_rewards
 
 PAIR_METRICS = (
@@ -40,9 +41,13 @@ def sum_per_side(per_token_logps: Tensor, batch: PairBatch) -> tuple[Tensor, Ten
     """Sum [M] per-token log-probabilities over each side's completion tokens: chosen [B] and rejected [B], nats.
 
     In float64: a sum of some hundred nats has steps of 1e-5 in float32, and losses are made of differences of them.
+    A GPU adds up all sides at once; on a CPU that would be another order, and other bits, than a side at a time.
     """
-    sums = torch.stack([side.sum(dtype=torch.float64) for side in per_token_logps.split(batch.side_sizes)]).view(-1, 2)
-    return sums[:, 0], sums[:, 1]
+    if transfer.on_gpu(per_token_logps):
+        sums = sum_segments(per_token_logps.double(), batch.side_numbers[0])
+    else:
+        sums = torch.stack([side.sum(dtype=torch.float64) for side in per_token_logps.split(batch.side_sizes)])
+    return sums[::2], sums[1::2]
 
 
 def discounts(batch: PairBatch, ld_alpha: float) -> Tensor:
@@ -57,7 +62,7 @@ def discounts(batch: PairBatch, ld_alpha: float) -> Tensor:
         for size, rival in ((chosen, rejected), (rejected, chosen))
         for count, weight in ((min(size, rival), 1.0), (max(size - rival, 0), ld_alpha))
     ]
-    return send(torch.cat(parts), batch.weights.device)
+    return transfer.send(torch.cat(parts), batch.weights.device)
 
 
 class PairTotals(NamedTuple):
