@@ -22,7 +22,18 @@ from transformers import PreTrainedModel
 
 from minimind_dpo.data.batch import PairBatch, pack_pairs, pad_pairs
 from minimind_dpo.errors import UserError
-from minimind_dpo.models.fast import attention, attention_blocks, attention_cpu, fusing, head, nodes, patch, products
+from minimind_dpo.models.fast import (
+    attention,
+    attention_blocks,
+    attention_cpu,
+    attention_gpu,
+    fusing,
+    head,
+    nodes,
+    nodes_gpu,
+    patch,
+    products,
+)
 from minimind_dpo.models.probe import embedding_rows
 from minimind_dpo.objective.scoring import PairScorer
 
@@ -61,8 +72,9 @@ _FP32_WITHIN = 1e-3  # relative and absolute
 # What a model raises that was handed inputs, or an attention, which it knows nothing of.
 _REFUSALS = (TypeError, ValueError, NotImplementedError, RuntimeError, IndexError, AttributeError)
 _KERNELS = {
-    module.__file__ for module in (attention, attention_blocks, attention_cpu, fusing, head, nodes, patch, products)
-}
+    module.__file__
+    for module in (attention, attention_blocks, attention_cpu, attention_gpu, fusing, head, nodes, nodes_gpu, patch)
+} | {products.__file__}
 _TORCH = str(Path(torch.__file__).parent)
 
 
