@@ -54,7 +54,7 @@ def steps(guard: Path) -> dict[str, dict[str, Any]]:
         [sys.executable, str(HERE / "program.py"), str(guard)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stderr[-3000:]
