@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import time
 from collections.abc import Callable, Sequence
 from itertools import count
@@ -308,11 +309,14 @@ def test_batches_bring_their_values_along(tmp_path: Path, scorer: Scorer) -> Non
     cache.open([path.name for path in files(tmp_path, "merged")])
     reference, steps = CachedReference(cache), [StepPlan(1, 8, [MicroBatch([0, 1, 2], []), MicroBatch([7], [])])]
     loaded = load_steps(rows, steps, reference.collating(PACKED), 1, torch.device("cpu"))
+    first_logps = reference.per_token_logps(pack_pairs(rows[:3]))
     for batch, members in zip(next(loaded).batches, (rows[:3], rows[7:8]), strict=True):
         assert batch.ref_per_token_logps is not None
         plain = reference.per_token_logps(pack_pairs(members))
         assert torch.equal(batch.ref_per_token_logps, plain)
         assert reference.per_token_logps(batch) is batch.ref_per_token_logps
+    sent = pickle.dumps(reference.collating(PACKED))  # to workers that are not forked
+    assert len(sent) < 2000 and torch.equal(pickle.loads(sent)(rows[:3]).ref_per_token_logps, first_logps)
     lacking = reference.collating(PACKED)(rows[7:9])
     assert lacking.ref_per_token_logps is None
     with pytest.raises(UserError, match="lacks pair"):
