@@ -1,0 +1,38 @@
+"""What a run's device is told before it starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils import deterministic
+
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+_MEMORY: Any = deterministic  # torch makes its switch as the module is imported
+
+
+@contextmanager
+def repeating(asked: bool) -> Iterator[None]:
+    """Around a run, from before CUDA starts: with `asked`, operations in the form that gives the same bits every time.
+
+    On a GPU some of them add with atomics otherwise, in whatever order threads come, and cuBLAS divides a product as
+    its workspace allows. One that has no such form raises. Afterwards everything is as it was.
+    """
+    if not asked:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills, workspace = _MEMORY.fill_uninitialized_memory, os.environ.get(_CUBLAS)
+    try:
+        os.environ.setdefault(_CUBLAS, ":4096:8")  # of the two values that torch takes the faster one
+        torch.use_deterministic_algorithms(True)
+        _MEMORY.fill_uninitialized_memory = False  # it finds memory read unwritten, which takes time
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        _MEMORY.fill_uninitialized_memory = fills
+        if workspace is None:
+            os.environ.pop(_CUBLAS, None)
