@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,8 +11,19 @@ from typing import Any
 import torch
 from torch.utils import deterministic
 
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch reads either; it warns of the second, the older
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 _MEMORY: Any = deterministic  # torch makes its switch as the module is imported
+
+
+def grow_segments() -> None:
+    """Have CUDA's allocator enlarge the segments it has, unless the user has set it up. For before CUDA starts.
+
+    Packed rows have another length each step. Segments of fixed sizes would be left with holes that fit no later row,
+    and a run that needs half of the memory ends in want of it. On Linux only, where the driver maps memory so.
+    """
+    if torch.version.cuda is not None and sys.platform == "linux" and not any(map(os.environ.get, _ALLOCATOR)):
+        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
 
 
 @contextmanager
