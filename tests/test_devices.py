@@ -1,4 +1,4 @@
-"""What is set before a device starts."""
+"""What is set before a device starts, and runs on devices that lack something, by stand-ins: there is no GPU here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,18 @@ import pytest
 import torch
 import yaml
 from helpers_forks import launched
-from helpers_run import REPOSITORY, Inputs, environment, same_bits, train_here
+from helpers_run import REPOSITORY, Inputs, built, environment, lines, same_bits, train_here
 from torch.utils import deterministic
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from minimind_dpo.engine.devices import repeating
+from minimind_dpo.config import load_config
+from minimind_dpo.data.batch import PairBatch
+from minimind_dpo.engine.devices import held_dtype, repeating, sum_dtype
+from minimind_dpo.objective.layout import PairLayout
 from minimind_dpo.training import loop
 from minimind_dpo.training.step import optimizer_step
 
+CPU = torch.device("cpu")
 CPU_CONFIGURATIONS = sorted(path.stem for path in (REPOSITORY / "configs" / "accelerate").glob("*_cpu.yaml"))
 
 
@@ -122,3 +128,91 @@ def test_cpu_configurations_hide_gpus(name: str) -> None:
 @pytest.mark.skipif("MINIMIND_DPO_TEST_GPUS" in os.environ, reason="asked to show them")
 def test_tests_see_no_gpu() -> None:
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """A device that refuses float64, as MPS does: no operation may give such a tensor."""
+
+    def __enter__(self) -> WithoutFloat64:
+        sum_dtype.cache_clear()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        sum_dtype.cache_clear()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = result if isinstance(result, (tuple, list)) else [result]
+        if any(isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64 for tensor in given):
+            raise TypeError(f"{func}: this device has no float64")
+        return result
+
+
+@pytest.fixture
+def without_float64(monkeypatch: pytest.MonkeyPatch) -> WithoutFloat64:
+    """The CPU as such a device; batches are laid out on the host, which has float64."""
+    honest = PairLayout.__call__
+
+    def on_the_host(layout: PairLayout, rows: Any) -> PairBatch:
+        with _disable_current_modes():
+            return honest(layout, rows)
+
+    monkeypatch.setattr(PairLayout, "__call__", on_the_host)
+    return WithoutFloat64()
+
+
+def test_the_type_of_sums(without_float64: WithoutFloat64) -> None:
+    with without_float64:
+        assert held_dtype(torch.float64, CPU) == sum_dtype(CPU) == torch.float32
+        assert held_dtype(torch.int64, CPU) == torch.int64
+        with pytest.raises(TypeError, match="no float64"):
+            torch.ones(3).double()
+    assert held_dtype(torch.float64, CPU) == sum_dtype(CPU) == torch.float64
+
+
+LOSSES = {
+    "sigmoid": {},
+    "several": {"loss_type": "sigmoid ipo", "loss_weights": "1 0.5", "f_divergence_type": "js_divergence"},
+    "over the step": {"loss_type": "beta_dpo", "ld_alpha": 0.5, "use_weighting": True},
+}
+
+
+@pytest.mark.parametrize("options", LOSSES.values(), ids=list(LOSSES))
+def test_a_step_on_a_device_without_float64(
+    inputs: Inputs, tmp_path: Path, options: dict[str, Any], without_float64: WithoutFloat64
+) -> None:
+    """Reference, losses, metrics, the way back, clipping and AdamW; numbers are those of a device that has it."""
+    flags = []
+    for name, value in (("reference", "live"), *options.items()):
+        flags += [f"--{name}", *str(value).split()]
+    found = {}
+    for name in ("with", "without"):
+        run = built(load_config([*inputs.flags(tmp_path / name, max_steps=1), *flags]))
+        run.scorer.train()
+        loaded = next(iter(loop.load_steps(run.train_data.dataset, run.plans(), run.layout, 0, CPU)))
+        with without_float64 if name == "without" else nullcontext():
+            found[name] = optimizer_step(run, loaded, 1e-2)
+    assert (found["with"].sums.dtype, found["without"].sums.dtype) == (torch.float64, torch.float32)
+    torch.testing.assert_close(found["without"].sums.double(), found["with"].sums, rtol=2e-5, atol=2e-4)
+    torch.testing.assert_close(found["without"].grad_norm, found["with"].grad_norm, rtol=1e-4, atol=0)
+
+
+def test_a_run_on_a_device_without_float64(
+    inputs: Inputs, tmp_path: Path, without_float64: WithoutFloat64, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step and evaluation of a whole run; its metrics are those of a device that has it."""
+    options = {"eval_data": inputs.eval_data, "max_steps": 2, "eval_steps": 1}
+    assert train_here(inputs.flags(tmp_path / "with", **options)) == 0
+    for name in ("optimizer_step", "evaluate"):
+        honest = getattr(loop, name)
+
+        def there(*given: Any, honest: Any = honest) -> Any:
+            with without_float64:
+                return honest(*given)
+
+        monkeypatch.setattr(loop, name, there)
+    assert train_here(inputs.flags(tmp_path / "without", **options)) == 0
+    for first, second in zip(lines(tmp_path / "with"), lines(tmp_path / "without"), strict=True):
+        for key in first.keys() - {"pairs_per_second", "tokens_per_second", "peak_memory_gib"}:
+            assert second[key] == pytest.approx(first[key], rel=1e-4, abs=1e-4), key

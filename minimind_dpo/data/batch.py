@@ -26,6 +26,7 @@ from torch import Tensor
 
 from minimind_dpo.data.branches import BranchPlan, PairSegment, plan_branches
 from minimind_dpo.data.chat import shared_prefix_length
+from minimind_dpo.engine.devices import held_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +89,8 @@ class PairBatch:
         return self._moved(Tensor.pin_memory)
 
     def to(self, device: torch.device | str) -> PairBatch:
-        """The same batch with every tensor on `device`."""
-        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
+        """The same batch with every tensor on `device`, in the type in which that can hold it."""
+        return self._moved(lambda tensor: tensor.to(device, held_dtype(tensor.dtype, device), non_blocking=True))
 
     @property
     def sequences(self) -> tuple[Tensor, ...]:
@@ -194,12 +195,11 @@ def pad_pairs(rows: Sequence[dict[str, Any]]) -> PairBatch:
         target_ids.append(side.ids[side.targets])
         sequences.append(index * width + np.arange(length))
     counts = [(len(a.targets), len(b.targets)) for a, b in zip(sides[::2], sides[1::2], strict=True)]
-    position_ids = torch.arange(width).expand(shape)
     token_index = [np.arange(sum(map(sum, counts)))]
     return _batch(
         rows,
         torch.from_numpy(input_ids),
-        position_ids,
+        torch.arange(width).expand(shape),
         torch.from_numpy(attention_mask),
         None,
         logit_positions,

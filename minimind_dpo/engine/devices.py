@@ -1,4 +1,4 @@
-"""What a run's device is told before it starts."""
+"""What a run's device is told before it starts, and what it can hold."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils import deterministic
 
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch reads either; it warns of the second, the older
@@ -48,3 +50,25 @@ def repeating(asked: bool) -> Iterator[None]:
         _MEMORY.fill_uninitialized_memory = fills
         if workspace is None:
             os.environ.pop(_CUBLAS, None)
+
+
+@cache
+def sum_dtype(device: torch.device | str) -> torch.dtype:
+    """The type of sums on a device: float64, or float32 where there is none (Apple's GPUs, some of Intel's).
+
+    A sum of some hundred nats has steps of 1e-5 in float32, and losses are made of differences of such sums.
+    """
+    try:
+        return torch.zeros((), dtype=torch.float64, device=device).dtype
+    except (TypeError, RuntimeError):  # the first by MPS, the second by others
+        return torch.float32
+
+
+def summable(tensor: Tensor) -> Tensor:
+    """The tensor in the type of sums on its device."""
+    return tensor.to(sum_dtype(tensor.device))
+
+
+def held_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
+    """The type in which a device holds what has `dtype` on the host."""
+    return sum_dtype(device) if dtype == torch.float64 else dtype

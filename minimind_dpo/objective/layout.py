@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from minimind_dpo.data.batch import PairBatch, pack_pairs, pad_pairs
+from minimind_dpo.engine.devices import summable
 from minimind_dpo.errors import UserError
 from minimind_dpo.models.fast import (
     attention,
@@ -194,7 +195,7 @@ def difference(scores: Tensor, expected: Tensor, half: bool) -> str | None:
         expected: the same by another computation.
         half: whether products were rounded to half precision.
     """
-    distance = (scores.double() - expected.double()).abs()
+    distance = (summable(scores) - summable(expected)).abs()
     largest, mean = float(distance.max()), float(distance.mean())
     if half:
         agrees = largest <= _HALF_LARGEST and mean <= _HALF_MEAN

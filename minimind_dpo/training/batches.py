@@ -33,7 +33,7 @@ def load_steps(
         plans: which of them, in which micro-batches.
         collate: makes a batch of rows.
         workers: processes that work ahead; None takes none on a CPU, which has no core to spare, and 2 beside a GPU.
-        device: that the batches will go to; for a GPU they lie in pinned memory.
+        device: that the batches will go to; for a CUDA device they lie in pinned memory.
     """
     on_gpu = device.type != "cpu"
     count = (2 if on_gpu else 0) if workers is None else workers
@@ -45,7 +45,7 @@ def load_steps(
         collate_fn=collate,
         num_workers=count,
         worker_init_fn=_start_worker if count else None,
-        pin_memory=on_gpu,
+        pin_memory=device.type == "cuda",
     )
     batches = iter(loader)
     for plan in ours:
