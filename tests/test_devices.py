@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from minimind_dpo.config import load_config
 from minimind_dpo.data.batch import PairBatch
 from minimind_dpo.engine.devices import held_dtype, repeating, sum_dtype
+from minimind_dpo.models.fast import attention
 from minimind_dpo.objective.layout import PairLayout
 from minimind_dpo.training import loop
 from minimind_dpo.training.step import optimizer_step
@@ -169,6 +171,13 @@ def test_the_type_of_sums(without_float64: WithoutFloat64) -> None:
         with pytest.raises(TypeError, match="no float64"):
             torch.ones(3).double()
     assert held_dtype(torch.float64, CPU) == sum_dtype(CPU) == torch.float64
+
+
+def test_a_run_says_how_it_attends(inputs: Inputs, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    attention._say.cache_clear()
+    with caplog.at_level(logging.INFO, "minimind_dpo"):
+        assert train_here(inputs.flags(tmp_path, max_steps=1)) == 0
+    assert caplog.text.count("attention over packed pairs: on the CPU, a pair at a time") == 1
 
 
 LOSSES = {

@@ -49,7 +49,7 @@ def run(notes: Notes, place: Place) -> None:
         loaded = []
         for plan in training.plans():
             rows = [training.train_data.dataset[int(pair)] for pair in plan.micro_batches[0].pairs]
-            batch = training.layout(rows)
+            batch = training.reference.collating(training.layout)(rows)
             loaded.append(LoadedStep(plan, iter([batch.pin_memory() if place.device == "cuda" else batch])))
         for step in loaded[:WARM_UP]:
             optimizer_step(training, step, 0.0)

@@ -10,7 +10,9 @@ lengths (`attention_gpu.py`); anywhere else SDPA a segment at a time.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ from minimind_dpo.models.fast.attention_blocks import banded_mask, pair_branches
 from minimind_dpo.models.fast.attention_cpu import CpuPairAttention
 from minimind_dpo.models.fast.attention_gpu import Scores, kernel_for, varlen_attention
 from minimind_dpo.models.fast.precision import autocast
+
+logger = logging.getLogger(__name__)
 
 
 def pair_attention(
@@ -73,11 +77,19 @@ def pair_attention(
         narrow = sliding_window is not None and sliding_window < branch_plan.longest_key
         scores = Scores(branch_plan, scaling, sliding_window if narrow else None)
         if (kernel := kernel_for(query, value, scores)) is not None:
+            _say(f"{kernel.name} in {str(query.dtype).removeprefix('torch.')}, one call a layer")
             return varlen_attention(query, key, value, kernel, scores), None
     return sdpa_attention(query, key, value, segments, scaling, sliding_window, dropout), None
 
 
+@cache
+def _say(how: str) -> None:
+    """Say once how pairs are attended; the device and the size of heads decide."""
+    logger.info("attention over packed pairs: %s", how)
+
+
 def _cpu_attention(module: nn.Module, states: tuple[Tensor, ...], *arguments: Any) -> Tensor:
+    _say("on the CPU, a pair at a time")
     rows, dtype = getattr(module, "wanted_rows", None), states[0].dtype
     wanted = None if rows is None else tuple(rows.tolist())
     if not (dtype == torch.bfloat16 and has_bf16_units()):
@@ -110,6 +122,7 @@ def sdpa_attention(
     dropout: float = 0.0,
 ) -> Tensor:
     """Scaled dot product attention a segment at a time, for any device and type; arguments of `pair_attention`."""
+    _say("torch's SDPA, a segment at a time")
     outputs = []
     for block in pair_branches(segments):
         queries, keys = query[:, :, block.queries], visible_states(key, block)

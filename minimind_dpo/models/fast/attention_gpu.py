@@ -40,6 +40,7 @@ class Scores(NamedTuple):
 class VarlenKernel(Protocol):
     """One of torch's kernels; states are [tokens, heads, head_dim]."""
 
+    name: str
     repeats_keys: bool  # whether each query head needs a key head of its own
 
     def known(self) -> bool:
@@ -56,7 +57,7 @@ class VarlenKernel(Protocol):
 
 
 class _Flash:
-    repeats_keys = False
+    name, repeats_keys = "flash attention", False
 
     @staticmethod
     def known() -> bool:
@@ -87,7 +88,7 @@ def _flash_arguments(scores: Scores) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 class _Efficient:
-    repeats_keys = True
+    name, repeats_keys = "memory-efficient attention", True
 
     @staticmethod
     def known() -> bool:
