@@ -88,6 +88,7 @@ import json, os, sys
 import torch
 from minimind_dpo.config import TrainConfig
 from minimind_dpo.engine import launcher
+from minimind_dpo.errors import UserError
 
 torch.accelerator.is_available = lambda: True
 torch.accelerator.device_count = lambda: 1
@@ -95,8 +96,11 @@ for cuda, variables in json.loads(sys.argv[1]):
     if os.fork() == 0:
         torch.version.cuda = cuda
         os.environ.update(variables)
-        device = launcher.start_engine(TrainConfig()).device
-        print(device, os.environ.get("PYTORCH_ALLOC_CONF"), os.environ.get("PYTORCH_CUDA_ALLOC_CONF"), flush=True)
+        try:
+            device = launcher.start_engine(TrainConfig()).device
+            print(device, os.environ.get("PYTORCH_ALLOC_CONF"), os.environ.get("PYTORCH_CUDA_ALLOC_CONF"), flush=True)
+        except UserError as error:
+            print(str(error).split(";")[0], flush=True)
         os._exit(0)
     os.wait()
 """
@@ -114,6 +118,9 @@ def test_what_an_engine_sets_up_where_there_is_a_gpu() -> None:
         "cpu None None ": ("13.0", {"ACCELERATE_USE_CPU": "True", "LOCAL_WORLD_SIZE": "2"}),
     }
     own = {name: value for name, value in environment().items() if "ALLOC_CONF" not in name}
+    # accelerate would leave DeepSpeed out for it
+    contradiction = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_DEEPSPEED": "true"}
+    cases["ACCELERATE_USE_CPU: accelerate leaves DeepSpeed out for it"] = (None, contradiction)
     words = [sys.executable, "-c", STARTED, json.dumps(list(cases.values()))]
     said = subprocess.check_output(words, env=own, text=True, cwd=REPOSITORY).splitlines()
     assert said == [case.strip() for case in cases]

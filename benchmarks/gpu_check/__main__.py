@@ -27,7 +27,7 @@ from benchmarks.gpu_check.stages import SECONDS, STAGES, Stage
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SURROUNDINGS = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
-ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+ON_CPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -32,8 +32,14 @@ def start_engine(config: TrainConfig) -> Engine:
         UserError: accelerate, DeepSpeed and the training configuration contradict each other.
     """
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout))
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    told_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    on_cpu = told_cpu or not torch.accelerator.is_available()
     uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    if uses_deepspeed and told_cpu:
+        raise UserError(
+            "ACCELERATE_USE_CPU: accelerate leaves DeepSpeed out for it; remove it, and hide GPUs from ranks instead, "
+            'as `gpu_ids: "-1,-1"` does in configs/accelerate/ds_*_cpu.yaml'
+        )
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out itself
     if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
