@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test faults lint clean
+.PHONY: setup demo test faults gpu-check lint clean
 
 setup: $(STAMP)
 
@@ -23,6 +23,10 @@ test: $(STAMP)
 
 faults: $(STAMP)
 	FAULTS_TABLE=docs/reliability.md OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" --numprocesses 2 --dist loadgroup tests/faults
+
+gpu-check: $(STAMP)
+	# one GPU, no network, under 8 minutes; docs/gpu.md says how to send what it leaves in runs/gpu_check
+	$(BIN)/python -m benchmarks.gpu_check --out runs/gpu_check
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

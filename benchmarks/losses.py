@@ -80,7 +80,8 @@ def _run(settings: dict[str, Any], name: str, stop: StopRequest) -> tuple[Run, A
     config = make_config(settings | {"loss_type": name, "reference": reference, "label_smoothing": smoothing})
     run = build_run(config, start_engine(config), None, stop)
     run.scorer.train()
-    return run, load_steps(run.train_data.dataset, run.plans(), run.layout, 0, run.engine.device)
+    collate = run.reference.collating(run.layout)
+    return run, load_steps(run.train_data.dataset, run.plans(), collate, 0, run.engine.device)
 
 
 def _take_turns(runs: dict[str, tuple[Run, Any]], rounds: int) -> dict[str, list[float]]:

@@ -30,6 +30,7 @@ if __name__ == "__main__":  # the project's root instead of this directory, whos
 from benchmarks.peers import contest, import_stack
 from benchmarks.workers import MIB, Worker, WorkerFailed
 from benchmarks.workloads import Job, PairLengths, parameter_counts, save_model, tiny_shape, word_tokenizer, write_pairs
+from minimind_dpo.engine.cpu import available_cores
 
 CONTESTANTS = ("ours_fill", "ours_cached", "trl")
 
@@ -109,7 +110,7 @@ def main() -> None:
     parser.add_argument("--contestants", nargs="+", default=list(CONTESTANTS), help="also ours_live, trl_live, naive")
     parser.add_argument("--prompt_share", type=float, default=0.5, help="share of a side that both have in common")
     parser.add_argument("--limit_gib", type=float, default=20.0)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--json", metavar="FILE", help="write all figures there, in MiB")
     options = parser.parse_args()
     os.environ |= {"OMP_NUM_THREADS": str(options.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

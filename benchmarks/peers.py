@@ -9,8 +9,8 @@
     naive         both sides padded to max_length, two models, logits of every position
     minimind      a MiniMind checkout's own `train_epoch`, models and loss
 
-In fp32, with `_bf16` in a name of ours or TRL's in bf16 autocast over fp32 weights. AdamW, constant learning rate, no
-weight decay where it can be set, gradients clipped at norm 1.
+fp32 on the CPU, with `_bf16` in a name of ours or TRL's bf16 autocast over fp32 weights (TRL also on a GPU). AdamW,
+constant learning rate, no weight decay where it can be set, gradients clipped at norm 1.
 """
 
 from __future__ import annotations
@@ -54,12 +54,24 @@ def contest(name: str, job: Job, gate: Gate) -> None:
 
 def ours(name: str, job: Job, gate: Gate) -> None:
     """The product: a run put together and trained by its own entry points, with a gate in place of metrics.jsonl."""
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if "_bf16" in name else "no"
+    from minimind_dpo.training.loop import train
+    from minimind_dpo.training.run_directory import RunLog
+
+    run = built(name, job)
+    with run.stop:
+        if "_fill" in name:
+            _fill(run, gate)
+        else:
+            train(run, RunLog(_MetricsGate(gate)))  # type: ignore[arg-type]
+
+
+def built(name: str, job: Job) -> Any:
+    """The product's run of a contestant, before its first step."""
+    if "_bf16" in name:
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     from minimind_dpo.config import make_config
     from minimind_dpo.ending import StopRequest
     from minimind_dpo.engine.launcher import start_engine
-    from minimind_dpo.training.loop import train
-    from minimind_dpo.training.run_directory import RunLog
     from minimind_dpo.training.setup import build_run
 
     config = make_config(
@@ -83,12 +95,7 @@ def ours(name: str, job: Job, gate: Gate) -> None:
             "save_steps": 0,
         }
     )
-    with StopRequest() as stop:
-        run = build_run(config, start_engine(config), None, stop)
-        if "_fill" in name:
-            _fill(run, gate)
-        else:
-            train(run, RunLog(_MetricsGate(gate)))  # type: ignore[arg-type]
+    return build_run(config, start_engine(config), None, StopRequest())
 
 
 class _MetricsGate:
@@ -141,8 +148,8 @@ def trl(name: str, job: Job, gate: Gate) -> None:
     rows = read_rows(job.pairs)
     args = DPOConfig(
         output_dir=str(Path(job.scratch) / name),
-        use_cpu=True,
-        bf16="_bf16" in name,
+        use_cpu=job.device == "cpu",
+        bf16=job.bf16 or "_bf16" in name,
         gradient_checkpointing=False,
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=job.batch // micro_batch,

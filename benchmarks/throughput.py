@@ -52,6 +52,7 @@ from benchmarks.workloads import (
     word_tokenizer,
     write_pairs,
 )
+from minimind_dpo.engine.cpu import available_cores
 from minimind_dpo.models.fast.products import product
 
 CONTESTANTS = (
@@ -274,7 +275,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="default: sigmoid; beside MiniMind's script sigmoid_norm, its own",
     )
     parser.add_argument("--learning_rate", type=float, default=1e-6)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     return parser.parse_args(argv)

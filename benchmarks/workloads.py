@@ -58,7 +58,10 @@ class PairLengths:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What every contestant is told: paths, pairs an optimizer step and a micro-batch, steps of each window."""
+    """What every contestant is told: paths, pairs an optimizer step and a micro-batch, steps of each window.
+
+    `device` and `bf16` are for those that take them; the product asks its launcher.
+    """
 
     model: str
     tokenizer: str
@@ -73,6 +76,8 @@ class Job:
     beta: float = 0.1
     learning_rate: float = 1e-6
     minimind: str | None = None
+    device: str = "cpu"
+    bf16: bool = False
 
     @property
     def steps(self) -> int:

@@ -43,10 +43,10 @@ def run(config: TrainConfig, ends_process: bool = False) -> int:
         )
     if not config.needs_reference:
         raise UserError(f"loss_type: {', '.join(config.loss_type)} reads no reference, so there is nothing to compute")
-    from minimind_dpo.training.session import Session  # late: see `_precompute`
+    from minimind_dpo.engine.devices import repeating  # late: see `_precompute`
+    from minimind_dpo.training.session import Session  # late for the same reason
 
-    session = Session(config, ends_process)
-    with session:
+    with repeating(config.deterministic), Session(config, ends_process) as session:
         _precompute(config, session)
     return session.exit_code
 

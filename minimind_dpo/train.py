@@ -52,14 +52,14 @@ def run(config: TrainConfig, ends_process: bool = False) -> int:
     """
     # late: torch and transformers take seconds, which --help and a mistake in the settings need not wait for
     from minimind_dpo.checkpoints.directory import find_checkpoint
+    from minimind_dpo.engine.devices import repeating
     from minimind_dpo.engine.ranks import on_main
     from minimind_dpo.training.loop import train
     from minimind_dpo.training.run_directory import finish_run, locked, open_run
     from minimind_dpo.training.session import Session
     from minimind_dpo.training.setup import build_run
 
-    session = Session(config, ends_process)
-    with session, ExitStack() as stack:
+    with repeating(config.deterministic), Session(config, ends_process) as session, ExitStack() as stack:
         directory, engine = Path(config.output_dir), session.engine
         on_main(engine, lambda: stack.enter_context(locked(directory)))
         checkpoint = on_main(engine, lambda: find_checkpoint(directory / "checkpoints", config.resume))

@@ -17,6 +17,8 @@ from helpers_run import Inputs, make_inputs
 from minimind_dpo.ending import STOP_SIGNALS
 from minimind_dpo.report import page
 
+if "MINIMIND_DPO_TEST_GPUS" not in os.environ:  # figures and bits here are a CPU's; CUDA starts later than this
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

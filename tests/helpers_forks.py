@@ -125,7 +125,8 @@ def launched(engine: str) -> tuple[int, dict[str, str]]:
         surroundings = prepare_deepspeed_cmd_env(args)[1]
     else:
         surroundings = prepare_multi_gpu_env(args) if args.multi_gpu else prepare_simple_launcher_cmd_env(args)[1]
-    return args.num_processes, {key: value for key, value in surroundings.items() if key.startswith("ACCELERATE_")}
+    own = {key: value for key, value in surroundings.items() if key.startswith("ACCELERATE_") or "VISIBLE" in key}
+    return args.num_processes, own
 
 
 def _free_port() -> int:

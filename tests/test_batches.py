@@ -44,6 +44,8 @@ def test_a_batch_is_a_few_tensors_whatever_its_pairs(layout: object) -> None:
     for pairs in (1, 7, 512):
         batch = layout([ROW] * pairs)  # type: ignore[operator]
         values = [getattr(batch, field.name) for field in fields(PairBatch)]
+        values += [] if batch.branches is None else [batch.branches.numbers]
+        values.append(torch.zeros(len(batch.token_index)))  # what a cached reference adds
         assert not any(isinstance(value, tuple) and any(isinstance(v, torch.Tensor) for v in value) for value in values)
         counts.add(sum(isinstance(value, torch.Tensor) for value in values))
     assert len(counts) == 1 and counts.pop() <= 12

@@ -92,7 +92,7 @@ def flags_of(verb: str) -> frozenset[str]:
 @cache
 def script_flags() -> frozenset[str]:
     """Every flag of the programs beside the package."""
-    sources = [*ROOT.glob("scripts/*.py"), *ROOT.glob("benchmarks/*.py")]
+    sources = [*ROOT.glob("scripts/*.py"), *ROOT.glob("benchmarks/**/*.py")]
     return frozenset(flag for path in sources for flag in re.findall(r'add_argument\(\s*"(--\w+)"', path.read_text()))
 
 

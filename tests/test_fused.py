@@ -1,4 +1,4 @@
-"""The hand-written autograd nodes against the modules they stand in for, and attention in its three forms."""
+"""The hand-written autograd nodes against the modules they stand in for, and attention on a CPU."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_head_that_is_no_plain_linear_layer_is_left_alone() -> None:
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 3)])
 @pytest.mark.parametrize(("block", "kept_keys"), [(128, 512), (3, 512), (3, 0), (2, 5)])
-def test_attention_has_one_result_in_three_forms(
+def test_attention_on_the_cpu_is_that_of_each_branch_on_its_own(
     monkeypatch: pytest.MonkeyPatch, block: int, kept_keys: int, heads: tuple[int, int], window: int | None
 ) -> None:
     monkeypatch.setattr(attention_cpu, "BLOCK", block)
@@ -166,13 +166,11 @@ def test_attention_has_one_result_in_three_forms(
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # three products are then two and one
     length = SEGMENTS[-1].start + SEGMENTS[-1].length
     leaves = _leaves((1, heads[0], length, 8), (1, heads[1], length, 8), (1, heads[1], length, 8))
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _varlen_by_hand)
     arguments = (*leaves, SEGMENTS, 0.3, window)
     plain = attention.sdpa_attention(*arguments)
     expected = [plain, *_gradients(plain, leaves)]
-    for form in (attention_cpu.CpuPairAttention.apply, attention.varlen_attention):
-        output = form(*arguments)
-        _close([output, *_gradients(output, leaves)], expected)
+    output = attention_cpu.CpuPairAttention.apply(*arguments)
+    _close([output, *_gradients(output, leaves)], expected)
 
 
 @pytest.mark.parametrize("block", [128, 3])
@@ -198,37 +196,6 @@ def test_attention_keeps_its_softmax_where_few_keys_are_seen(monkeypatch: pytest
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
         attention_cpu.CpuPairAttention.apply(query, key, value, (segment,), None, None)
     assert sum(sizes) - query.numel() - key.numel() - value.numel() == 4 * 4 * (4 + 8 + 9)
-
-
-def _varlen_by_hand(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_ends: Tensor,
-    key_ends: Tensor,
-    longest_query: int,
-    longest_key: int,
-    *,
-    scale: float,
-    window_size: tuple[int, int],
-    enable_gqa: bool,
-) -> Tensor:
-    """What flash attention's documentation says of variable lengths: causal is aligned to the bottom right."""
-    assert longest_query == query_ends.diff().max() and longest_key == key_ends.diff().max()
-    assert enable_gqa == (query.shape[1] != key.shape[1]) and window_size[1] == 0
-    repeats = query.shape[1] // key.shape[1]
-    outputs: list[Any] = []
-    for index in range(len(query_ends) - 1):
-        q = query[query_ends[index] : query_ends[index + 1]]
-        k, v = (
-            states[key_ends[index] : key_ends[index + 1]].repeat_interleave(repeats, dim=1) for states in (key, value)
-        )
-        place = torch.arange(len(q))[:, None] + len(k) - len(q)
-        distance = place - torch.arange(len(k))
-        hidden = (distance < 0) | ((window_size[0] >= 0) & (distance > window_size[0]))
-        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(dim=-1), v))
-    return torch.cat(outputs)
 
 
 @pytest.mark.parametrize("name", ["input_layernorm", "self_attn.q_norm"])

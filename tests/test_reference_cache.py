@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import time
 from collections.abc import Callable, Sequence
 from itertools import count
@@ -19,6 +20,7 @@ from torch import nn
 
 from minimind_dpo.config import TrainConfig
 from minimind_dpo.data.batch import pack_pairs, pair_key
+from minimind_dpo.data.order import MicroBatch, StepPlan
 from minimind_dpo.data.tokenized import DropReport, TokenizedData
 from minimind_dpo.engine.launcher import start_engine
 from minimind_dpo.engine.protocol import Engine
@@ -30,6 +32,7 @@ from minimind_dpo.reference import filling
 from minimind_dpo.reference.cache import Needed, ReferenceCache
 from minimind_dpo.reference.filling import CacheFiller, split_by_tokens
 from minimind_dpo.reference.sources import CachedReference, LiveReference
+from minimind_dpo.training.batches import load_steps
 
 PAIRS, CHUNK = 23, 4  # six chunks, the last of three pairs
 
@@ -296,6 +299,28 @@ def test_a_missing_pair_is_told_and_looked_for_the_next_time(tmp_path: Path, sco
     with pytest.raises(UserError, match="lacks pair .* Start again"):
         CachedReference(cache).per_token_logps(pack_pairs(list(rows.data.dataset)))
     assert cache.marked([rows]) is None
+
+
+def test_batches_bring_their_values_along(tmp_path: Path, scorer: Scorer) -> None:
+    """Looked up by the processes that lay batches out; a pair that they miss is the run's own to tell of."""
+    rows = make_data()
+    fill(tmp_path, scorer, needed(rows[:8]))
+    cache = ReferenceCache(tmp_path)
+    cache.open([path.name for path in files(tmp_path, "merged")])
+    reference, steps = CachedReference(cache), [StepPlan(1, 8, [MicroBatch([0, 1, 2], []), MicroBatch([7], [])])]
+    loaded = load_steps(rows, steps, reference.collating(PACKED), 1, torch.device("cpu"))
+    first_logps = reference.per_token_logps(pack_pairs(rows[:3]))
+    for batch, members in zip(next(loaded).batches, (rows[:3], rows[7:8]), strict=True):
+        assert batch.ref_per_token_logps is not None
+        plain = reference.per_token_logps(pack_pairs(members))
+        assert torch.equal(batch.ref_per_token_logps, plain)
+        assert reference.per_token_logps(batch) is batch.ref_per_token_logps
+    sent = pickle.dumps(reference.collating(PACKED))  # to workers that are not forked
+    assert len(sent) < 2000 and torch.equal(pickle.loads(sent)(rows[:3]).ref_per_token_logps, first_logps)
+    lacking = reference.collating(PACKED)(rows[7:9])
+    assert lacking.ref_per_token_logps is None
+    with pytest.raises(UserError, match="lacks pair"):
+        reference.per_token_logps(lacking)
 
 
 def test_two_runs_share_a_directory(tmp_path: Path, scorer: Scorer) -> None:

@@ -189,6 +189,7 @@ class TrainConfig:
     )
     ddp_timeout: int = _free(1800, "seconds that a rank waits for another before the run fails", bounds=POSITIVE)
     seed: int = _fixed(42, "seed of the order and of dropout", bounds=NOT_NEGATIVE)
+    deterministic: bool = _fixed(False, "the same bits every time on a GPU too, by operations that may be slower")
 
     @property
     def attends_pairs(self) -> bool:

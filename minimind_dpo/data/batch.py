@@ -24,22 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minimind_dpo.data.branches import BranchPlan, PairSegment, plan_branches
 from minimind_dpo.data.chat import shared_prefix_length
-
-
-@dataclass(frozen=True, slots=True)
-class PairSegment:
-    """Where one pair lies in the packed row: input tokens from `start`, prefix | chosen | rejected."""
-
-    start: int
-    prefix: int
-    chosen: int
-    rejected: int
-
-    @property
-    def length(self) -> int:
-        """Input tokens of the pair."""
-        return self.prefix + self.chosen + self.rejected
+from minimind_dpo.engine.devices import held_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +37,17 @@ class PairBatch:
         input_ids: [rows, T] token ids; rows is 1 (packed) or 2 B (plain: chosen, rejected, chosen, ...).
         position_ids: [rows, T] positions, restarting at the prefix length for a packed rejected branch.
         attention_mask: [rows, T], 1 for real tokens; plain layout only.
-        segments: one a pair; packed layout only.
+        segments: one a pair, and `branches` what their attention needs on a GPU; packed layout only.
         logit_positions: [K] positions in the flattened rows whose next token counts.
         target_ids: [K] those next tokens.
         state_positions: [S] the same positions ascending, each once.
         token_index: [M] each counted token's entry in the K, in canonical order; one of the prefix comes twice.
-        chosen_tokens, rejected_tokens: [B] counted tokens of each side; their sum is M.
-        side_sizes: the same 2 B numbers (chosen, rejected, chosen, ...) on the host: no device is waited for.
-        sequence_positions, sequence_lengths: where each side's input lies in the flattened rows, without padding, side
-            after side; and 2 B numbers of them, on the host.
+        side_numbers: [2, 2 B + 1] of the M counted tokens: where those of each side (chosen, rejected, chosen, ...)
+            begin and the last ones end; and how many each side has, then 0.
+        side_sizes: the latter on the host, without the 0: no device is waited for.
+        sequence_positions, sequence_lengths: each side's input in the flattened rows; the 2 B lengths on the host.
         weights, margins: [B] per-pair weights, and target margins (0 where a pair has none).
+        ref_per_token_logps: [M] the reference's log-probabilities, where they are known beforehand.
         keys: B digests of each pair's token ids and masks.
         num_tokens: real input tokens in the rows.
     """
@@ -68,12 +56,12 @@ class PairBatch:
     position_ids: Tensor
     attention_mask: Tensor | None
     segments: tuple[PairSegment, ...] | None
+    branches: BranchPlan | None
     logit_positions: Tensor
     target_ids: Tensor
     state_positions: Tensor
     token_index: Tensor
-    chosen_tokens: Tensor
-    rejected_tokens: Tensor
+    side_numbers: Tensor
     side_sizes: tuple[int, ...]
     sequence_positions: Tensor
     sequence_lengths: tuple[int, ...]
@@ -81,17 +69,28 @@ class PairBatch:
     margins: Tensor
     keys: tuple[bytes, ...]
     num_tokens: int
+    ref_per_token_logps: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def chosen_tokens(self) -> Tensor:
+        """[B] counted tokens of the chosen sides."""
+        return self.side_numbers[1, :-1:2]
+
+    @property
+    def rejected_tokens(self) -> Tensor:
+        """[B] counted tokens of the rejected sides."""
+        return self.side_numbers[1, 1::2]
 
     def pin_memory(self) -> PairBatch:
         """The same batch in memory that a GPU reads by itself (what DataLoader asks of a batch)."""
         return self._moved(Tensor.pin_memory)
 
     def to(self, device: torch.device | str) -> PairBatch:
-        """The same batch with every tensor on `device`."""
-        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
+        """The same batch with every tensor on `device`, in the type in which that can hold it."""
+        return self._moved(lambda tensor: tensor.to(device, held_dtype(tensor.dtype, device), non_blocking=True))
 
     @property
     def sequences(self) -> tuple[Tensor, ...]:
@@ -101,6 +100,8 @@ class PairBatch:
     def _moved(self, move: Callable[[Any], Any]) -> PairBatch:
         values = ((f.name, getattr(self, f.name)) for f in fields(self))
         moved: dict[str, Any] = {name: move(value) for name, value in values if isinstance(value, Tensor)}
+        if self.branches is not None:
+            moved["branches"] = replace(self.branches, numbers=move(self.branches.numbers))
         return replace(self, **moved)
 
 
@@ -166,8 +167,8 @@ def pack_pairs(rows: Sequence[dict[str, Any]]) -> PairBatch:
         entries = own_start + len(chosen_own) + len(rejected_own)
     return _batch(
         rows,
-        _row(input_ids),
-        _row(position_ids),
+        _joined(input_ids)[None],
+        _joined(position_ids)[None],
         None,
         tuple(segments),
         logit_positions,
@@ -194,12 +195,11 @@ def pad_pairs(rows: Sequence[dict[str, Any]]) -> PairBatch:
         target_ids.append(side.ids[side.targets])
         sequences.append(index * width + np.arange(length))
     counts = [(len(a.targets), len(b.targets)) for a, b in zip(sides[::2], sides[1::2], strict=True)]
-    position_ids = torch.arange(width).expand(shape)
     token_index = [np.arange(sum(map(sum, counts)))]
     return _batch(
         rows,
         torch.from_numpy(input_ids),
-        position_ids,
+        torch.arange(width).expand(shape),
         torch.from_numpy(attention_mask),
         None,
         logit_positions,
@@ -211,8 +211,8 @@ def pad_pairs(rows: Sequence[dict[str, Any]]) -> PairBatch:
     )
 
 
-def _row(parts: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.concatenate(parts))[None]
+def _joined(parts: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts))
 
 
 def _batch(
@@ -228,20 +228,20 @@ def _batch(
     sequences: list[np.ndarray],
     num_tokens: int,
 ) -> PairBatch:
-    tokens = torch.tensor(counts)
+    sizes = [size for pair in counts for size in pair]
     return PairBatch(
         input_ids=input_ids,
         position_ids=position_ids,
         attention_mask=attention_mask,
         segments=segments,
-        logit_positions=_row(logit_positions)[0],
-        target_ids=_row(target_ids)[0],
+        branches=None if segments is None else plan_branches(segments),
+        logit_positions=_joined(logit_positions),
+        target_ids=_joined(target_ids),
         state_positions=torch.from_numpy(np.unique(np.concatenate(logit_positions))),
-        token_index=_row(token_index)[0],
-        chosen_tokens=tokens[:, 0],
-        rejected_tokens=tokens[:, 1],
-        side_sizes=tuple(size for pair in counts for size in pair),
-        sequence_positions=_row(sequences)[0],
+        token_index=_joined(token_index),
+        side_numbers=torch.from_numpy(np.stack([np.cumsum([0, *sizes]), [*sizes, 0]])),
+        side_sizes=tuple(sizes),
+        sequence_positions=_joined(sequences),
         sequence_lengths=tuple(map(len, sequences)),
         weights=torch.tensor([float(row.get("weight", 1.0)) for row in rows]),
         margins=torch.tensor([float(row.get("margin") or 0.0) for row in rows], dtype=torch.float64),

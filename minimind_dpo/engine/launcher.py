@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import parse_flag_from_env
 
 from minimind_dpo.config import TrainConfig
 from minimind_dpo.engine.cpu import set_up_cpu
+from minimind_dpo.engine.devices import grow_segments
 from minimind_dpo.engine.plain import Plain
 from minimind_dpo.engine.protocol import Engine
 from minimind_dpo.engine.trackers import check_trackers
@@ -23,22 +25,30 @@ if TYPE_CHECKING:
 def start_engine(config: TrainConfig) -> Engine:
     """Meet the other processes, and get the engine that trains on them.
 
-    Without an accelerator device, accelerate has to be told that ranks started by torchrun exchange over gloo:
-    left to itself each would believe it is alone. DeepSpeed must not hear of `use_cpu`, which switches it off.
+    On CPUs accelerate has to be told that ranks started by torchrun exchange over gloo: left to itself each would
+    believe it is alone. DeepSpeed must not hear of `use_cpu`, which switches it off.
 
     Raises:
         UserError: accelerate, DeepSpeed and the training configuration contradict each other.
     """
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=config.ddp_timeout))
-    on_cpu = not torch.accelerator.is_available()
+    told_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    on_cpu = told_cpu or not torch.accelerator.is_available()
     uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
+    if uses_deepspeed and told_cpu:
+        raise UserError(
+            "ACCELERATE_USE_CPU: accelerate leaves DeepSpeed out for it; remove it, and hide GPUs from ranks instead, "
+            'as `gpu_ids: "-1,-1"` does in configs/accelerate/ds_*_cpu.yaml'
+        )
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out itself
     if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         group.backend = "gloo"
         if not uses_deepspeed:
             os.environ["ACCELERATE_USE_CPU"] = "true"
-    _check_devices()
+    if not on_cpu:
+        _check_devices()
+        grow_segments()
     engine = _engine_class(uses_deepspeed)
     engine.before_start()
     check_trackers(config.report_to)
@@ -66,7 +76,7 @@ def _engine_class(uses_deepspeed: bool) -> type[Plain] | type[DeepSpeed]:
 def _check_devices() -> None:
     """Refuse more processes on this machine than it has devices."""
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if torch.accelerator.is_available() and local_ranks > torch.accelerator.device_count():
+    if local_ranks > torch.accelerator.device_count():
         raise UserError(
             f"the launcher starts {local_ranks} processes on this machine, which has "
             f"{torch.accelerator.device_count()} GPU(s): add --num_processes to `accelerate launch`"

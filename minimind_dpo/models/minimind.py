@@ -16,6 +16,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaModel
 from transformers.utils.output_capturing import OutputRecorder
 
+from minimind_dpo.engine import transfer
 from minimind_dpo.models.router import router_aux_loss, router_settings
 
 
@@ -41,6 +42,9 @@ class MiniMindMoeBlock(nn.Module):
 
     Every expert's modules run in every forward pass, an unchosen one on zero tokens: its gradient is then
     zero instead of missing, and all ranks run the same modules, which DDP and ZeRO-3 rely on.
+
+    A CPU gives an expert its own tokens. Which these are a GPU would have to tell the host first, for every expert of
+    every layer; there each expert takes all tokens, and those of others count nothing.
     """
 
     def __init__(self, config: MiniMindMoeConfig):
@@ -57,14 +61,25 @@ class MiniMindMoeBlock(nn.Module):
         weights, chosen = scores.topk(self.top_k, dim=-1)
         if self.top_k > 1:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        mixed = (self._mixed_of_all if transfer.on_gpu(tokens) else self._mixed_of_chosen)(tokens, weights, chosen)
+        for shared in self.shared_experts:
+            mixed = mixed + shared(tokens)
+        return mixed.view_as(hidden_states)
+
+    def _mixed_of_chosen(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         mixed = torch.zeros_like(tokens)
         for index, expert in enumerate(self.experts):
             row, slot = torch.where(chosen == index)
             output = expert(tokens[row]) * weights[row, slot, None]
             mixed.index_add_(0, row, output.to(mixed.dtype))
-        for shared in self.shared_experts:
-            mixed = mixed + shared(tokens)
-        return mixed.view_as(hidden_states)
+        return mixed
+
+    def _mixed_of_all(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        shares = weights.new_zeros(len(tokens), len(self.experts)).scatter(1, chosen, weights)
+        mixed = weights.new_zeros(tokens.shape)
+        for index, expert in enumerate(self.experts):
+            mixed = torch.addcmul(mixed, expert(tokens), shares[:, index, None])
+        return mixed.to(tokens.dtype)
 
 
 class MiniMindMoeDecoderLayer(LlamaDecoderLayer):

@@ -84,7 +84,7 @@ def check_written(path: Path, expected: Probe, **options: Any) -> None:
 
 def difference(logps: Tensor, expected: Probe) -> str | None:
     """What is too different between log-probabilities and those expected, with figures; None if nothing is."""
-    distance = (logps.double() - expected.logps.double()).abs()
+    distance = (logps.double() - expected.logps.double()).abs()  # both on the CPU
     largest, mean = float(distance.max()), float(distance.mean())
     if expected.half:
         agrees = largest <= _HALF_LARGEST and mean <= _HALF_MEAN

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from minimind_dpo.models.fast.segments import sum_segments
+
 RouterKind = Literal["minimind", "transformers"]
+
+
+class JoinedSequences(NamedTuple):
+    """Sequences one after another, for a device to which each of its own would be many small tasks.
+
+    Attributes:
+        positions: [N] of their tokens among the rows.
+        ends: [sequences + 1] where each begins in `positions`, and where the last one ends.
+    """
+
+    positions: Tensor
+    ends: Tensor
 
 
 @dataclass(frozen=True)
@@ -50,7 +64,7 @@ def router_settings(config: PreTrainedConfig) -> RouterSettings | None:
 
 def router_aux_loss(
     router_logits: Sequence[Tensor],
-    sequences: Sequence[Tensor | slice],
+    sequences: Sequence[Tensor | slice] | JoinedSequences,
     *,
     kind: RouterKind,
     top_k: int,
@@ -68,7 +82,8 @@ def router_aux_loss(
     Args:
         router_logits: one tensor a layer, [tokens, num_experts], before the softmax.
         sequences: for each sequence the positions of its tokens among the `tokens` rows, as an index
-            tensor [n] or a slice. Sequences may share tokens: a shared prefix counts in each of them.
+            tensor [n] or a slice; or all of them joined, for a GPU. Sequences may share tokens: a shared prefix counts
+            in each of them.
         kind: whose formula.
         top_k: experts a token is sent to.
         coefficient: multiplies the result.
@@ -80,6 +95,11 @@ def router_aux_loss(
     num_experts = scores.shape[-1]
     chosen = scores.detach().topk(top_k, dim=-1).indices
     slots = torch.zeros_like(scores, requires_grad=False).scatter_(-1, chosen, 1.0)
+    if isinstance(sequences, JoinedSequences):
+        load, mean_score = (_means(values, sequences) for values in (slots, scores))  # [sequences, layers, E]
+        if kind == "minimind":
+            return (load / top_k * mean_score).sum(dim=(1, 2)) * (num_experts * coefficient)
+        return (load.mean(dim=1) * mean_score.mean(dim=1)).sum(dim=1) * (num_experts * coefficient)
     losses = []
     for tokens in sequences:
         load, mean_score = slots[:, tokens].mean(dim=1), scores[:, tokens].mean(dim=1)  # [layers, E]
@@ -88,3 +108,9 @@ def router_aux_loss(
         else:
             losses.append((load.mean(dim=0) * mean_score.mean(dim=0)).sum())
     return torch.stack(losses) * (num_experts * coefficient)
+
+
+def _means(values: Tensor, sequences: JoinedSequences) -> Tensor:
+    """[sequences, layers, E] of [layers, tokens, E]: means over each sequence's tokens."""
+    rows = values.transpose(0, 1).index_select(0, sequences.positions)
+    return sum_segments(rows, sequences.ends) / sequences.ends.diff()[:, None, None]

@@ -21,8 +21,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from minimind_dpo.data.batch import PairBatch, pack_pairs, pad_pairs
+from minimind_dpo.engine.devices import summable
 from minimind_dpo.errors import UserError
-from minimind_dpo.models.fast import attention, attention_blocks, attention_cpu, fusing, head, nodes, patch, products
+from minimind_dpo.models.fast import (
+    attention,
+    attention_blocks,
+    attention_cpu,
+    attention_gpu,
+    fusing,
+    head,
+    nodes,
+    nodes_gpu,
+    patch,
+    products,
+)
 from minimind_dpo.models.probe import embedding_rows
 from minimind_dpo.objective.scoring import PairScorer
 
@@ -30,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 Agree = Callable[[Any], Any]
+Collate = Callable[[Sequence[dict[str, Any]]], PairBatch]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +55,7 @@ class PairLayout:
     """
 
     id: str
-    function: Callable[[Sequence[dict[str, Any]]], PairBatch]
+    function: Collate
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> PairBatch:
         """The batch of `rows`."""
@@ -60,8 +73,9 @@ _FP32_WITHIN = 1e-3  # relative and absolute
 # What a model raises that was handed inputs, or an attention, which it knows nothing of.
 _REFUSALS = (TypeError, ValueError, NotImplementedError, RuntimeError, IndexError, AttributeError)
 _KERNELS = {
-    module.__file__ for module in (attention, attention_blocks, attention_cpu, fusing, head, nodes, patch, products)
-}
+    module.__file__
+    for module in (attention, attention_blocks, attention_cpu, attention_gpu, fusing, head, nodes, nodes_gpu, patch)
+} | {products.__file__}
 _TORCH = str(Path(torch.__file__).parent)
 
 
@@ -181,7 +195,7 @@ def difference(scores: Tensor, expected: Tensor, half: bool) -> str | None:
         expected: the same by another computation.
         half: whether products were rounded to half precision.
     """
-    distance = (scores.double() - expected.double()).abs()
+    distance = (summable(scores) - summable(expected)).abs()
     largest, mean = float(distance.max()), float(distance.mean())
     if half:
         agrees = largest <= _HALF_LARGEST and mean <= _HALF_MEAN

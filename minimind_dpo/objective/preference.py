@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minimind_dpo.engine.devices import sum_dtype
 from minimind_dpo.losses import LOSSES
 from minimind_dpo.losses.steps import running_mean
 
@@ -92,16 +93,17 @@ class PairLosses(NamedTuple):
     parts: tuple[Tensor, ...]
 
 
-def dpo_losses(pairs: PairLogps, preference: Preference, earlier_logits: Tensor | float = 0.0) -> PairLosses:
+def dpo_losses(pairs: PairLogps, preference: Preference, earlier_logits: float = 0.0) -> PairLosses:
     """The loss of each pair.
 
     Args:
         pairs: B of them; where a loss looks over the step, all of the step.
         preference: of the run.
-        earlier_logits: the running mean of `logits` over earlier steps, a scalar.
+        earlier_logits: the running mean of `logits` over earlier steps.
     """
     inputs: dict[str, Tensor | float] = {**_inputs(pairs, preference)}
-    inputs["earlier_logits"] = torch.as_tensor(earlier_logits, dtype=torch.float64, device=pairs.weights.device)
+    if preference.remembers:
+        inputs["earlier_logits"] = _scalar(earlier_logits, pairs)
     inputs |= {"beta": preference.beta, "label_smoothing": preference.label_smoothing} | preference.settings
     parts = {}
     for name in preference.weights:
@@ -119,11 +121,15 @@ def dpo_losses(pairs: PairLogps, preference: Preference, earlier_logits: Tensor 
     return PairLosses(total, tuple(part.detach() for part in parts.values()))
 
 
-def next_running_logits(pairs: PairLogps, preference: Preference, earlier: Tensor | float) -> Tensor:
+def next_running_logits(pairs: PairLogps, preference: Preference, earlier: float) -> Tensor:
     """The running mean of `logits` after a step of `pairs`."""
-    return running_mean(
-        torch.as_tensor(earlier, dtype=torch.float64), _inputs(pairs, preference)["logits"].mean().detach()
-    )
+    return running_mean(_scalar(earlier, pairs), _inputs(pairs, preference)["logits"].mean().detach())
+
+
+def _scalar(number: float, pairs: PairLogps) -> Tensor:
+    """A number beside the pairs, filled in there: one copied from the host would be waited for."""
+    device = pairs.weights.device
+    return torch.full((), number, dtype=sum_dtype(device), device=device)
 
 
 def _inputs(pairs: PairLogps, preference: Preference) -> dict[str, Tensor]:

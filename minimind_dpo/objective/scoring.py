@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from minimind_dpo.data.batch import PairBatch
+from minimind_dpo.engine import transfer
 from minimind_dpo.models.fast.half import product_places, product_weights
 from minimind_dpo.models.fast.patch import Patch
 from minimind_dpo.models.fast.products import TORCH
-from minimind_dpo.models.router import router_aux_loss, router_settings
+from minimind_dpo.models.router import JoinedSequences, router_aux_loss, router_settings
 
 _NOTHING = torch.empty(0)
 
@@ -67,7 +69,7 @@ class PairScorer(nn.Module):
         """
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
         if batch.segments is not None:
-            inputs["pair_segments"] = batch.segments
+            inputs |= {"pair_segments": batch.segments, "branch_plan": batch.branches}
         else:
             inputs["attention_mask"] = batch.attention_mask
         wants_router = self.router is not None and self.training
@@ -115,9 +117,13 @@ class PairScorer(nn.Module):
 
     def _aux_losses(self, output: Any, batch: PairBatch) -> Tensor:
         assert self.router is not None
+        sequences: Any = batch.sequences
+        if transfer.on_gpu(batch.input_ids):
+            ends = torch.tensor([0, *accumulate(batch.sequence_lengths)])
+            sequences = JoinedSequences(batch.sequence_positions, transfer.send(ends, batch.input_ids.device))
         sequence_losses = router_aux_loss(
             output.router_logits,
-            batch.sequences,
+            sequences,
             kind=self.router.kind,
             top_k=self.router.top_k,
             coefficient=self.router.coefficient,

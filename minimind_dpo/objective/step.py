@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from minimind_dpo.data.batch import PairBatch
+from minimind_dpo.engine.devices import summable
 from minimind_dpo.objective.preference import PairLogps, Preference, dpo_losses
 from minimind_dpo.objective.scoring import PairScores
 from minimind_dpo.objective.sums import discounts, loss_sums, pair_sums, sum_per_side
@@ -70,7 +71,7 @@ def score_pairs(
         by_length = discounts(batch, preference.ld_alpha)
         policy_logps = sum_per_side(scores.per_token_logps * by_length, batch)
         ref_logps = sum_per_side(ref_per_token_logps * by_length, batch)
-    weights = batch.weights.double()
+    weights = summable(batch.weights)
     if preference.weighs_by_policy:
         weights = weights * _policy_weights(scores, batch)
     tokens = batch.chosen_tokens, batch.rejected_tokens

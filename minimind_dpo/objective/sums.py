@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from minimind_dpo.data.batch import PairBatch
-from minimind_dpo.engine.transfer import send
+from minimind_dpo.engine import transfer
+from minimind_dpo.engine.devices import sum_dtype, summable
+from minimind_dpo.models.fast.segments import sum_segments
 from minimind_dpo.objective.preference import PairLosses, implicit_rewards
 
 PAIR_METRICS = (
@@ -39,10 +41,15 @@ HEALTH_SUMS = ("d", "d d", "m m", "d m", "distance", "end logratio", "end tokens
 def sum_per_side(per_token_logps: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor]:
     """Sum [M] per-token log-probabilities over each side's completion tokens: chosen [B] and rejected [B], nats.
 
-    In float64: a sum of some hundred nats has steps of 1e-5 in float32, and losses are made of differences of them.
+    In the type of sums (`engine/devices.py`), as all that is made of them. A GPU adds up all sides at once; on a CPU
+    that would be another order, and other bits, than a side at a time.
     """
-    sums = torch.stack([side.sum(dtype=torch.float64) for side in per_token_logps.split(batch.side_sizes)]).view(-1, 2)
-    return sums[:, 0], sums[:, 1]
+    if transfer.on_gpu(per_token_logps):
+        sums = sum_segments(summable(per_token_logps), batch.side_numbers[0])
+    else:
+        dtype = sum_dtype(per_token_logps.device)
+        sums = torch.stack([side.sum(dtype=dtype) for side in per_token_logps.split(batch.side_sizes)])
+    return sums[::2], sums[1::2]
 
 
 def discounts(batch: PairBatch, ld_alpha: float) -> Tensor:
@@ -52,12 +59,12 @@ def discounts(batch: PairBatch, ld_alpha: float) -> Tensor:
     """
     sides = zip(batch.side_sizes[::2], batch.side_sizes[1::2], strict=True)
     parts = [
-        torch.full((count,), weight, dtype=torch.float64)
+        torch.full((count,), weight, dtype=sum_dtype(batch.weights.device))
         for chosen, rejected in sides
         for size, rival in ((chosen, rejected), (rejected, chosen))
         for count, weight in ((min(size, rival), 1.0), (max(size - rival, 0), ld_alpha))
     ]
-    return send(torch.cat(parts), batch.weights.device)
+    return transfer.send(torch.cat(parts), batch.weights.device)
 
 
 class PairTotals(NamedTuple):
@@ -81,8 +88,8 @@ class PairTotals(NamedTuple):
 
 
 def empty_sums(device: torch.device, parts: Sequence[Any] = ()) -> Tensor:
-    """Zeros for the sums over pairs of PAIR_METRICS, pairs, tokens, HEALTH_SUMS and the parts of the loss, float64."""
-    return torch.zeros(len(PAIR_METRICS) + 2 + len(HEALTH_SUMS) + len(parts), dtype=torch.float64, device=device)
+    """Zeros for the sums over pairs of PAIR_METRICS, pairs, tokens, HEALTH_SUMS and the parts of the loss."""
+    return torch.zeros(len(PAIR_METRICS) + 2 + len(HEALTH_SUMS) + len(parts), dtype=sum_dtype(device), device=device)
 
 
 @torch.no_grad()
@@ -90,9 +97,9 @@ def loss_sums(losses: PairLosses, aux_losses: Tensor) -> Tensor:
     """Sums of the losses of some pairs in `empty_sums`' layout, and zeros for all else; `aux_losses` [B]."""
     sums = empty_sums(aux_losses.device, losses.parts)
     totals = [losses.total + aux_losses, losses.total, aux_losses]
-    sums[: len(totals)] = torch.stack([column.double() for column in totals]).sum(dim=1)
+    sums[: len(totals)] = torch.stack([summable(column) for column in totals]).sum(dim=1)
     for place, part in enumerate(losses.parts, start=len(sums) - len(losses.parts)):
-        sums[place] = part.double().sum()
+        sums[place] = summable(part).sum()
     return sums
 
 
@@ -135,7 +142,7 @@ def pair_sums(
         likelier,
     ]
     sums, metrics = empty_sums(batch.weights.device, parts), len(PAIR_METRICS)
-    sums[metrics - len(columns) : metrics] = torch.stack([column.double() for column in columns]).sum(dim=1)
+    sums[metrics - len(columns) : metrics] = torch.stack([summable(column) for column in columns]).sum(dim=1)
     for place, number in ((metrics, len(batch)), (metrics + 1, batch.num_tokens)):
         sums[place].fill_(number)  # an assignment would copy the number to the device, and wait
     health = _health_sums(batch, chosen_rewards - rejected_rewards, per_token_logratios, end_token_ids)
@@ -144,15 +151,15 @@ def pair_sums(
 
 
 def _health_sums(batch: PairBatch, margins: Tensor, per_token_logratios: Tensor, end_token_ids: Tensor) -> Tensor:
-    longer = (batch.chosen_tokens - batch.rejected_tokens).double()
+    longer, margins = summable(batch.chosen_tokens - batch.rejected_tokens), summable(margins)
     distances = sum_per_side(per_token_logratios.abs(), batch)
     tokens = batch.chosen_tokens + batch.rejected_tokens
     ends = torch.isin(batch.target_ids[batch.token_index], end_token_ids)
     columns = [
         longer,
         longer.square(),
-        margins.double().square(),
-        longer * margins.double(),
+        margins.square(),
+        longer * margins,
         (distances[0] + distances[1]) / tokens,
         sum_per_side(per_token_logratios * ends, batch)[0],
         sum_per_side(ends, batch)[0],

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from minimind_dpo.engine.devices import sum_dtype, summable
 from minimind_dpo.engine.transfer import send
 from minimind_dpo.objective.preference import PairLogps, PairLosses, Preference, dpo_losses, next_running_logits
 
@@ -25,12 +26,12 @@ class PairTable:
     """
 
     def __init__(self, num_pairs: int, device: torch.device):
-        self._values = torch.zeros(num_pairs, len(PairLogps._fields), dtype=torch.float64, device=device)
+        self._values = torch.zeros(num_pairs, len(PairLogps._fields), dtype=sum_dtype(device), device=device)
         self._own = torch.zeros(num_pairs, dtype=torch.bool, device=device)
 
     def put(self, places: Sequence[int], logps: PairLogps) -> None:
         """Enter this rank's pairs at their places."""
-        columns = torch.stack([column.detach().double() for column in logps], dim=1)
+        columns = torch.stack([summable(column.detach()) for column in logps], dim=1)
         rows = send(torch.tensor(places), columns.device)
         self._values.index_copy_(0, rows, columns)
         self._own.index_fill_(0, rows, True)

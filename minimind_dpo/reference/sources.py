@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 from minimind_dpo.data.batch import PairBatch
 from minimind_dpo.engine.transfer import send
 from minimind_dpo.errors import UserError
-from minimind_dpo.objective.layout import Autocast
+from minimind_dpo.objective.layout import Autocast, Collate
 from minimind_dpo.objective.scoring import PairScorer
 from minimind_dpo.reference.cache import ReferenceCache
 
@@ -23,8 +26,12 @@ class Reference(Protocol):
         """[M] log-probabilities (nats) of the counted tokens of `batch`, in its canonical order, no gradient."""
         ...
 
+    def collating(self, layout: Collate) -> Collate:
+        """`layout`, with what is known of a batch beforehand: for the processes that lay batches out."""
+        return layout
 
-class LiveReference:
+
+class LiveReference(Reference):
     """A frozen model that scores every batch beside the policy, made ready by `Engine.freeze`."""
 
     def __init__(self, scorer: nn.Module, autocast: Autocast):
@@ -39,7 +46,7 @@ class LiveReference:
             return self.scorer(batch).per_token_logps
 
 
-class AdapterReference:
+class AdapterReference(Reference):
     """The policy itself with its adapters switched off."""
 
     def __init__(self, scorer: PairScorer, autocast: Autocast):
@@ -60,7 +67,7 @@ class AdapterReference:
             self.scorer.train(training)
 
 
-class NoReference:
+class NoReference(Reference):
     """Of losses that read none; rewards are then beta times the policy's own log-probabilities."""
 
     def per_token_logps(self, batch: PairBatch) -> Tensor:
@@ -68,14 +75,16 @@ class NoReference:
         return torch.zeros(sum(batch.side_sizes), device=batch.input_ids.device)
 
 
-class CachedReference:
+class CachedReference(Reference):
     """Every pair's log-probabilities, read from a filled cache."""
 
     def __init__(self, cache: ReferenceCache):
         self.cache = cache
 
     def per_token_logps(self, batch: PairBatch) -> Tensor:
-        """Look the batch's pairs up."""
+        """What came with the batch; else its pairs are looked up."""
+        if batch.ref_per_token_logps is not None:
+            return batch.ref_per_token_logps
         try:
             logps = np.concatenate(self.cache.get(batch.keys))
         except KeyError as error:
@@ -86,3 +95,16 @@ class CachedReference:
                 "that all of them share"
             ) from None
         return send(torch.from_numpy(logps), batch.input_ids.device)
+
+    def collating(self, layout: Collate) -> Collate:
+        """Batches that bring their log-probabilities along, so that none is looked up while a device waits."""
+        return partial(_with_logps, self.cache, layout)
+
+
+def _with_logps(cache: ReferenceCache, layout: Collate, rows: Sequence[dict[str, Any]]) -> PairBatch:
+    batch = layout(rows)
+    try:
+        logps = np.concatenate(cache.get(batch.keys))
+    except KeyError:
+        return batch  # the run's own process will miss it too, and say so
+    return replace(batch, ref_per_token_logps=torch.from_numpy(logps))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +30,7 @@ class LogpsFile:
             OSError: it can't be read.
             ValueError: it is no such file.
         """
+        self._path = path
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         if not reader.schema.equals(_SCHEMA):
             raise ValueError(f"{path} holds something else")
@@ -39,6 +41,9 @@ class LogpsFile:
         self.offsets = batch["logps"].offsets.to_numpy()
         self.logps = batch["logps"].values.to_numpy()
         self.checksums = batch["checksum"].to_numpy()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LogpsFile, (self._path,)  # a process that is sent one maps the file too; its values stay on disk
 
     def rows(self, keys: np.ndarray) -> np.ndarray:
         """The row of each key, -1 where it is absent."""

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from minimind_dpo.data.batch import PairBatch
 from minimind_dpo.data.order import StepPlan
 from minimind_dpo.ending import STOP_SIGNALS
-from minimind_dpo.objective.layout import PairLayout
+from minimind_dpo.objective.layout import Collate
 
 
 class LoadedStep(NamedTuple):
@@ -24,16 +24,16 @@ class LoadedStep(NamedTuple):
 
 
 def load_steps(
-    dataset: Any, plans: Iterable[StepPlan], layout: PairLayout, workers: int | None, device: torch.device
+    dataset: Any, plans: Iterable[StepPlan], collate: Collate, workers: int | None, device: torch.device
 ) -> Iterator[LoadedStep]:
     """The steps of `plans` in order; each must be used up before the next is asked for.
 
     Args:
         dataset: tokenised pairs.
         plans: which of them, in which micro-batches.
-        layout: of a batch.
+        collate: makes a batch of rows.
         workers: processes that work ahead; None takes none on a CPU, which has no core to spare, and 2 beside a GPU.
-        device: that the batches will go to; for a GPU they lie in pinned memory.
+        device: that the batches will go to; for a CUDA device they lie in pinned memory.
     """
     on_gpu = device.type != "cpu"
     count = (2 if on_gpu else 0) if workers is None else workers
@@ -42,10 +42,10 @@ def load_steps(
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=layout,
+        collate_fn=collate,
         num_workers=count,
         worker_init_fn=_start_worker if count else None,
-        pin_memory=on_gpu,
+        pin_memory=device.type == "cuda",
     )
     batches = iter(loader)
     for plan in ours:

@@ -38,7 +38,8 @@ def evaluate(run: Run, data: TokenizedData) -> dict[str, float]:
     run.scorer.eval()
     preference, table = run.preference, PairTable(len(data) if run.preference.over_step else 0, engine.device)
     sums = empty_sums(engine.device, preference.parts)
-    for plan, batches in load_steps(data.dataset, plans, run.layout, run.config.dataloader_num_workers, engine.device):
+    collate = run.reference.collating(run.layout)
+    for plan, batches in load_steps(data.dataset, plans, collate, run.config.dataloader_num_workers, engine.device):
         if plan.step % _ASKED_EVERY == 0:
             stop_together(engine, run.stop.signalled, "in an evaluation")
         for micro_batch, host_batch in zip(plan.micro_batches, batches, strict=True):

@@ -33,9 +33,8 @@ def train(run: Run, log: RunLog) -> None:
         TrainingError: a loss or gradient is not finite; weights are as after the last good step.
     """
     config, state = run.config, run.state
-    steps = load_steps(
-        run.train_data.dataset, run.plans(), run.layout, config.dataloader_num_workers, run.engine.device
-    )
+    collate = run.reference.collating(run.layout)
+    steps = load_steps(run.train_data.dataset, run.plans(), collate, config.dataloader_num_workers, run.engine.device)
     schedule = learning_rate_schedule(
         config.lr_scheduler_type, config.learning_rate, state.total_steps, config.warmup_ratio or 0.0
     )

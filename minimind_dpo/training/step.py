@@ -75,8 +75,6 @@ def _go_back_together(run: Run, loaded: LoadedStep) -> Tensor:
         if micro_batch.counted:
             table.put(micro_batch.places, scored.logps)
     found, running = table.derive(engine.sum, preference, run.state.running_logits)
-    if preference.remembers and math.isfinite(mean := float(running)):
-        run.state.running_logits = mean
     for index, micro_batch in enumerate(plan.micro_batches):
         last = index == len(plan.micro_batches) - 1
         with nullcontext() if once else engine.accumulate(last):
@@ -86,6 +84,8 @@ def _go_back_together(run: Run, loaded: LoadedStep) -> Tensor:
             engine.backward(leaning.float() * (_scale(run, loaded) * micro_batch.counted), last)
         losses = loss_sums(found.at(micro_batch.places), scored.aux_losses.detach())
         sums += (scored.sums + losses) * micro_batch.counted
+    if preference.remembers and math.isfinite(mean := float(running)):  # waits, so it comes last
+        run.state.running_logits = mean
     return sums
 
 

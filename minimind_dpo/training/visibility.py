@@ -7,6 +7,7 @@ import logging
 import torch
 from torch import Tensor
 
+from minimind_dpo.engine.devices import summable
 from minimind_dpo.engine.launched import HALF_TYPES
 from minimind_dpo.training.run import Run
 
@@ -49,8 +50,8 @@ class UpdateWatch:
         """The part of the masters' movement that their rounded values show: its projection on it."""
         seen = torch.zeros(2, dtype=torch.float64)
         for before, now in zip(self._start, self._sample(), strict=True):
-            moved = (now - before).double()
-            shown = (now.to(self._dtype).double() - before.to(self._dtype).double()) * moved
+            moved = summable(now - before)
+            shown = (summable(now.to(self._dtype)) - summable(before.to(self._dtype))) * moved
             seen += torch.stack([shown.sum(), moved.square().sum()]).cpu()
         shown_sum, moved_sum = self._run.engine.sum(seen.float().to(self._run.engine.device)).tolist()
         return shown_sum / moved_sum if moved_sum else 1.0

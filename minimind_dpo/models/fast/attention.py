@@ -4,26 +4,30 @@ Each pair is attended on its own: causally over `prefix + chosen`, then the reje
 `prefix + rejected`, bottom-right causal. No T x T mask exists; the largest mask is one pair's
 [rejected, prefix + rejected].
 
-The same computation in three forms: on the CPU that of `attention_cpu.py`; on a GPU in half precision one
-call of flash attention for variable lengths; anywhere else SDPA a segment at a time.
+The same computation in three forms: on the CPU that of `attention_cpu.py`; on a GPU one call of a kernel for variable
+lengths (`attention_gpu.py`); anywhere else SDPA a segment at a time.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimind_dpo.data.batch import PairSegment
+from minimind_dpo.data.branches import BranchPlan, PairSegment
+from minimind_dpo.engine import transfer
 from minimind_dpo.engine.cpu import has_bf16_units
-from minimind_dpo.engine.transfer import send
 from minimind_dpo.models.fast.attention_blocks import banded_mask, pair_branches, visible_states
 from minimind_dpo.models.fast.attention_cpu import CpuPairAttention
+from minimind_dpo.models.fast.attention_gpu import Scores, kernel_for, varlen_attention
 from minimind_dpo.models.fast.precision import autocast
+
+logger = logging.getLogger(__name__)
 
 
 def pair_attention(
@@ -35,6 +39,7 @@ def pair_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     pair_segments: Sequence[PairSegment] | None = None,
+    branch_plan: BranchPlan | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -49,6 +54,7 @@ def pair_attention(
         scaling: factor on the scores (default 1 / sqrt(head_dim)).
         dropout: probability of dropping an attention weight.
         pair_segments: where the pairs lie in T.
+        branch_plan: the same for a GPU's kernels, on the GPU; without it there is SDPA.
         sliding_window: positions a query sees, itself included; None sees all.
 
     Returns:
@@ -65,17 +71,31 @@ def pair_attention(
     segments = tuple(pair_segments)
     _check_row(query, key, value, segments[-1].start + segments[-1].length)
     query, key, value = autocast(query, key, value)
-    if query.device.type == "cpu" and not dropout:
-        rows = getattr(module, "wanted_rows", None)
-        wanted = None if rows is None else tuple(rows.tolist())
-        states = [query, key, value]
-        if not (query.dtype == torch.bfloat16 and has_bf16_units()):
-            states = [state.float() for state in states]
-        with torch.autocast("cpu", enabled=False):
-            return CpuPairAttention.apply(*states, segments, scaling, sliding_window, wanted).to(query.dtype), None
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout:
-        return varlen_attention(query, key, value, segments, scaling, sliding_window), None
+    if query.device.type == "cpu" and not dropout and not transfer.on_gpu(query):
+        return _cpu_attention(module, (query, key, value), segments, scaling, sliding_window), None
+    if branch_plan is not None and not dropout:
+        narrow = sliding_window is not None and sliding_window < branch_plan.longest_key
+        scores = Scores(branch_plan, scaling, sliding_window if narrow else None)
+        if (kernel := kernel_for(query, value, scores)) is not None:
+            _say(f"{kernel.name} in {str(query.dtype).removeprefix('torch.')}, one call a layer")
+            return varlen_attention(query, key, value, kernel, scores), None
     return sdpa_attention(query, key, value, segments, scaling, sliding_window, dropout), None
+
+
+@cache
+def _say(how: str) -> None:
+    """Say once how pairs are attended; the device and the size of heads decide."""
+    logger.info("attention over packed pairs: %s", how)
+
+
+def _cpu_attention(module: nn.Module, states: tuple[Tensor, ...], *arguments: Any) -> Tensor:
+    _say("on the CPU, a pair at a time")
+    rows, dtype = getattr(module, "wanted_rows", None), states[0].dtype
+    wanted = None if rows is None else tuple(rows.tolist())
+    if not (dtype == torch.bfloat16 and has_bf16_units()):
+        states = tuple(state.float() for state in states)
+    with torch.autocast("cpu", enabled=False):
+        return CpuPairAttention.apply(*states, *arguments, wanted).to(dtype)
 
 
 def _check_row(query: Tensor, key: Tensor, value: Tensor, length: int) -> None:
@@ -102,6 +122,7 @@ def sdpa_attention(
     dropout: float = 0.0,
 ) -> Tensor:
     """Scaled dot product attention a segment at a time, for any device and type; arguments of `pair_attention`."""
+    _say("torch's SDPA, a segment at a time")
     outputs = []
     for block in pair_branches(segments):
         queries, keys = query[:, :, block.queries], visible_states(key, block)
@@ -119,68 +140,3 @@ def sdpa_attention(
             )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
-
-
-class _VarlenPlan(NamedTuple):
-    """A batch's branches as flash attention wants them.
-
-    Attributes:
-        key_index: [K] positions in the row whose keys are laid one after another; a prefix appears twice.
-        query_ends, key_ends: [branches + 1] cumulative lengths, int32.
-        longest_query, longest_key: the largest lengths.
-    """
-
-    key_index: Tensor
-    query_ends: Tensor
-    key_ends: Tensor
-    longest_query: int
-    longest_key: int
-
-
-@lru_cache(maxsize=8)  # the layers of a model ask one after another
-def _varlen_plan(segments: tuple[PairSegment, ...], device: torch.device) -> _VarlenPlan:
-    branches = list(pair_branches(segments))
-    keys = [
-        torch.cat([torch.arange(branch.prefix.start, branch.prefix.stop), torch.arange(branch.start, branch.end)])
-        for branch in branches
-    ]
-    lengths = torch.tensor(
-        [[0, 0], *([branch.end - branch.start, len(index)] for branch, index in zip(branches, keys, strict=True))]
-    )
-    ends = lengths.cumsum(dim=0).int().T.contiguous()
-    longest_query, longest_key = lengths.amax(dim=0).tolist()
-    query_ends, key_ends = send(ends, device)
-    return _VarlenPlan(send(torch.cat(keys), device), query_ends, key_ends, longest_query, longest_key)
-
-
-def varlen_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: tuple[PairSegment, ...],
-    scaling: float | None,
-    window: int | None,
-) -> Tensor:
-    """All branches in one call of torch's flash attention for variable lengths; arguments of `pair_attention`.
-
-    The row is already the queries' order; the keys of a rejected branch are its prefix again and its own. Causal
-    there means bottom-right, which is what a branch needs. Half precision on a GPU only.
-    """
-    from torch.nn.attention.varlen import varlen_attn  # late: for GPUs only
-
-    plan = _varlen_plan(segments, query.device)
-    left = -1 if window is None else window - 1
-    output = varlen_attn(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1)[plan.key_index],
-        value[0].transpose(0, 1)[plan.key_index],
-        plan.query_ends,
-        plan.key_ends,
-        plan.longest_query,
-        plan.longest_key,
-        scale=scaling,
-        window_size=(left, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    assert isinstance(output, Tensor)
-    return output[None]

@@ -19,6 +19,8 @@ from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
+from minimind_dpo.engine import transfer
+from minimind_dpo.models.fast import nodes_gpu
 from minimind_dpo.models.fast.nodes import rms_norm, rope, swiglu, wide_linear
 from minimind_dpo.models.fast.precision import product_type
 
@@ -113,6 +115,9 @@ def _is_silu(activation: Any) -> bool:
 
 
 def _rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
+    if transfer.on_gpu(hidden_states):
+        dtype = torch.promote_types(hidden_states.dtype, self.weight.dtype)
+        return nodes_gpu.rms_norm(hidden_states, self.weight, self.variance_epsilon, dtype)
     if self.weight.dtype != torch.float32:
         return type(self).forward(self, hidden_states)  # which decides where to round
     return rms_norm(hidden_states, self.weight, self.variance_epsilon)
@@ -120,6 +125,10 @@ def _rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
 
 def _rms_norm_before_linear(self: Any, hidden_states: Tensor) -> Tensor:
     """Rounded once under autocast, where each linear layer would round, and keep, the norm's output for itself."""
+    if transfer.on_gpu(hidden_states):
+        dtype = torch.promote_types(hidden_states.dtype, self.weight.dtype)
+        dtype = product_type(hidden_states) if torch.is_autocast_enabled("cuda") else dtype
+        return nodes_gpu.rms_norm(hidden_states, self.weight, self.variance_epsilon, dtype)
     if self.weight.dtype != torch.float32:
         return type(self).forward(self, hidden_states)
     return rms_norm(hidden_states, self.weight, self.variance_epsilon, product_type(hidden_states))
@@ -140,6 +149,9 @@ def _wide_linear(self: Any, x: Tensor) -> Tensor:
 
 
 def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    if transfer.on_gpu(q) and unsqueeze_dim == 1:
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        return nodes_gpu.rope(q, k, cos, sin, product_type(q))
     if cos.dtype != torch.float32 or not q.dtype == k.dtype == product_type(q):
         # which decides where to round
         return modeling_llama.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
