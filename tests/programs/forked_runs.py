@@ -27,6 +27,7 @@ import deepspeed  # noqa: F401  # a fork has it then
 import torch
 from helpers_disk import fill
 
+import minimind_dpo.engine.cpu as cpu
 import minimind_dpo.report.page as page
 import minimind_dpo.training.loop as loop
 import minimind_dpo.training.run_directory
@@ -102,6 +103,8 @@ def work(job: dict[str, Any], rank: int) -> NoReturn:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]))
         os.environ.update(LOCAL_WORLD_SIZE=str(job["ranks"]))
     torch.set_num_threads(1)
+    if "LOCAL_WORLD_SIZE" not in job["environment"]:  # a launched run takes all cores where its user named no number
+        cpu._threads = lambda processes: 1  # threads of models so small only wait for each other
     code = 1
     try:
         record_pairs(f"{job['pairs']}-{rank}")
