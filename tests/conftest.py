@@ -97,9 +97,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def forks() -> Iterator[Forks]:
-    """A program that forks runs, shared by a module's tests."""
+    """A program that forks runs; what it has imported serves all tests."""
     program = Forks()
     yield program
     program.close()

@@ -5,17 +5,21 @@ What `accelerate launch` would put into their environment is taken from accelera
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import psutil
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from helpers_run import REPOSITORY, train_here
@@ -46,8 +50,36 @@ class Bomb:
         return self.__dict__ | {"module": f"minimind_dpo.{self.module}"}
 
 
+@dataclass(frozen=True)
+class Started:
+    """A run under way.
+
+    Attributes:
+        pids: of its ranks; each leads a process group.
+    """
+
+    pids: list[int]
+    _answers: IO[str]
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
+        """Return once the condition holds, or rank 0 has ended."""
+        deadline = time.monotonic() + seconds
+        while not condition() and psutil.pid_exists(self.pids[0]) and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    def signal(self, number: int) -> None:
+        """To all ranks; one that kills takes what they have started too."""
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                (os.killpg if number == signal.SIGKILL else os.kill)(pid, number)
+
+    def wait(self) -> list[int]:
+        """Exit codes of the ranks, once all have ended."""
+        return json.loads(self._answers.readline())
+
+
 class Forks:
-    """The program that forks runs; one process serves many."""
+    """The program that forks runs; one process serves many, one after another."""
 
     def __init__(self) -> None:
         paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
@@ -61,16 +93,21 @@ class Forks:
             text=True,
         )
 
-    def run(
+    def run(self, flags: list[str], directory: Path, engine: str | None = None, **options: Any) -> list[int]:
+        """Exit codes of a run's ranks; see `start`."""
+        return self.start(flags, directory, engine, **options).wait()
+
+    def start(
         self,
         flags: list[str],
         directory: Path,
         engine: str | None = None,
         bomb: Bomb | None = None,
         forgets: str | None = None,
+        program: str = "minimind_dpo.train",
         **variables: str,
-    ) -> list[int]:
-        """Exit codes of a run's ranks; what they print goes to `directory`/log.
+    ) -> Started:
+        """A run in the background; what it prints goes to `directory`/log. It has to be waited for before the next.
 
         Args:
             flags: of the run.
@@ -78,6 +115,7 @@ class Forks:
             engine: one of the project's configurations, flags for the launcher may follow; None for one process.
             bomb: what happens amid the run.
             forgets: a value that the engine leaves out of checkpoints.
+            program: a module with a `main`, or a file in tests/programs.
             **variables: of the ranks' environment.
         """
         ranks, environment = (1, {}) if engine is None else launched(engine)
@@ -85,6 +123,7 @@ class Forks:
         if ranks > 1 or "ACCELERATE_USE_DEEPSPEED" in environment:
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         job = {
+            "program": program,
             "flags": flags,
             "ranks": ranks,
             "environment": environment,
@@ -96,7 +135,7 @@ class Forks:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        return Started(json.loads(self._process.stdout.readline()), self._process.stdout)
 
     def close(self) -> None:
         """End the program."""

@@ -17,9 +17,12 @@ from helpers_run import REPOSITORY, Inputs
 SCRIPT = REPOSITORY / "launch" / "local" / "slurm_cluster.sh"
 SBIN = "/usr/sbin:/sbin"
 
-# Gives a test time to meet a job in mid-run: its first start renames checkpoints slowly, later ones do not.
-SLOW_DISK = """
+# In every process of a job. A node shares the machine's cores with the other one: ranks that took all of them would
+# wait for each other's threads. And a test has time to meet a job in mid-run: its first start renames checkpoints
+# slowly, later ones do not.
+SITE = """
 import os, time
+os.sched_getaffinity = lambda pid: {0}
 if "SLOW_CHECKPOINTS" in os.environ and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
     def slow(real):
         def move(source, target, **options):
@@ -59,7 +62,7 @@ class Cluster:
         self.directory = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: sockets' paths have at most 107 characters
         self._site = self.directory / "site"
         self._site.mkdir()
-        (self._site / "sitecustomize.py").write_text(SLOW_DISK)
+        (self._site / "sitecustomize.py").write_text(SITE)
 
     def environment(self, **extra: str) -> dict[str, str]:
         """Both nodes are this machine: rendezvous and gloo use the loopback."""

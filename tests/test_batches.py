@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import resource
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+from helpers_forks import Forks
 from helpers_run import Inputs, train_here, train_lines
 
 from minimind_dpo.data.batch import PairBatch, pack_pairs, pad_pairs
@@ -24,11 +22,13 @@ ROW = {
 }
 
 PROGRAM = """
+import resource
 import torch
 from minimind_dpo.data.order import MicroBatch, StepPlan
 from minimind_dpo.objective.layout import PACKED
 from minimind_dpo.training.batches import load_steps
 
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 places = list(range(512))
 plans = [StepPlan(step, 512, [MicroBatch(places, places)]) for step in (1, 2, 3)]
 for plan, batches in load_steps([{row}] * 512, plans, PACKED, 2, torch.device("cpu")):
@@ -51,16 +51,13 @@ def test_a_batch_is_a_few_tensors_whatever_its_pairs(layout: object) -> None:
     assert len(counts) == 1 and counts.pop() <= 12
 
 
-def test_many_pairs_need_few_descriptors(tmp_path: Path) -> None:
+def test_many_pairs_need_few_descriptors(forks: Forks, tmp_path: Path) -> None:
     """Each tensor that a worker hands over takes descriptors: 512 pairs with two workers under `ulimit -n 256`."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.format(row=ROW))
-
-    def few() -> None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
-
-    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=120, preexec_fn=few)
-    assert done.returncode == 0 and done.stdout == "done\n", done.stderr[-2000:]
+    codes = forks.run([], tmp_path, program=str(program))
+    said = (tmp_path / "log").read_text("utf-8")
+    assert codes == [0] and said == "done\n", said[-2000:]
 
 
 def test_a_run_measured_in_tokens_takes_the_same_steps(inputs: Inputs, tmp_path: Path) -> None:

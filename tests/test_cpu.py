@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from helpers_forks import Forks
 
 from minimind_dpo.engine.cpu import available_cores
 
@@ -42,21 +44,6 @@ def test_freed_memory_is_used_again() -> None:
     assert page_faults(MALLOC_TRIM_THRESHOLD_="1000000") > PAGES / 2
 
 
-# what DeepSpeed's engine does as it starts beside a GPU, told by a stand-in for accelerate
-OFFLOAD = """
-import os, sys
-from types import SimpleNamespace as N
-import torch
-from minimind_dpo.config import TrainConfig
-from minimind_dpo.engine.deepspeed import DeepSpeed
-
-zero = {"stage": 2} | ({"offload_optimizer": {"device": "cpu"}} if sys.argv[1] == "offload" else {})
-plugin = N(zero_stage=2, deepspeed_config={"zero_optimization": zero})
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-DeepSpeed(N(device=torch.device("cuda"), process_index=0, num_processes=2, is_main_process=True,
-            mixed_precision="bf16", state=N(deepspeed_plugin=plugin)), TrainConfig())
-print(torch.get_num_threads(), os.environ["OMP_NUM_THREADS"])
-"""
 LAUNCHED = {"LOCAL_WORLD_SIZE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
@@ -71,9 +58,11 @@ LAUNCHED = {"LOCAL_WORLD_SIZE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "
     ],
 )
 def test_an_optimizer_on_the_host_has_its_share_of_the_cores(
-    optimizer: str, extra: dict[str, str], threads: str
+    forks: Forks, tmp_path: Path, optimizer: str, extra: dict[str, str], threads: str
 ) -> None:
     """`accelerate launch` and torchrun leave each rank one thread, unless the user asked for more."""
-    output = subprocess.check_output([sys.executable, "-c", OFFLOAD, optimizer], env=os.environ | LAUNCHED | extra)
+    program = "tests/programs/threads_of_a_rank.py"
+    codes = forks.run([optimizer], tmp_path, program=program, **LAUNCHED | extra)
+    said = (tmp_path / "log").read_text("utf-8")
     expected = available_cores() if threads == "all" else int(threads)
-    assert output.split()[-2:] == [str(expected).encode()] * 2
+    assert codes == [0] and f"THREADS {expected} {expected}\n" in said, said

@@ -1,28 +1,18 @@
-"""The real command under every engine: the single process's numbers, on 1, 2 and 4 ranks, and across them."""
+"""Runs under every engine: the single process's numbers, on 1, 2 and 4 ranks, and across them."""
 
 from __future__ import annotations
 
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 from helpers_data import tiny_tokenizer
 from helpers_forks import Forks
 from helpers_model import tiny_model
-from helpers_run import (
-    REPOSITORY,
-    Inputs,
-    command,
-    environment,
-    make_inputs,
-    relative_distance,
-    run_command,
-    same_bits,
-    train_lines,
-)
+from helpers_run import REPOSITORY, Inputs, make_inputs, relative_distance, run_command, same_bits, train_lines
 
+pytestmark = pytest.mark.xdist_group("engines")  # most tests compare with runs that another one has trained
 # 21 pairs in global batches of 8, two epochs: steps of 8, 8, 5, 8, 8, 5 pairs
 BATCH = {
     1: {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
@@ -30,6 +20,7 @@ BATCH = {
     4: {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1},
 }
 OPTIONS = {"learning_rate": 2e-4, "num_train_epochs": 2, "save_steps": 2, "save_total_limit": 0}
+LAUNCHED = ("multi_cpu", "ds_zero3_cpu")  # by the real command, one of each kind of launcher
 ENGINES = ["multi_cpu", "ds_zero1_cpu", "ds_zero2_cpu", "ds_zero2_offload_cpu", "ds_zero3_cpu", "ds_zero3_offload_cpu"]
 
 
@@ -44,16 +35,14 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def trained(
-    workspace: Path, engine: str | None, name: str | None = None, forks: Forks | None = None, **options: object
-) -> Path:
-    """The directory of a run under `engine`, trained once for all tests of this module: by the command, or forked."""
+def trained(workspace: Path, forks: Forks, engine: str | None, name: str | None = None, **options: object) -> Path:
+    """The directory of a run under `engine`, trained once for all tests of this module: forked, or by the command."""
     output_dir = workspace / (name or engine or "single").replace(" ", "_")
     if not output_dir.exists():
         inputs = Inputs(*(workspace / "inputs" / part for part in ("model", "train.jsonl", "eval.jsonl")))
         flags = inputs.flags(output_dir, **(OPTIONS | BATCH[ranks(engine)] | options))
         cache = workspace / "cache" / output_dir.name
-        if forks is None:
+        if name is None and engine in LAUNCHED:
             result = run_command(flags, engine, MINIMIND_DPO_CACHE=str(cache))
             assert result.returncode == 0, result.stderr
         else:
@@ -74,19 +63,16 @@ def assert_same_run(run: Path, other: Path, first_step: int = 1, weights_within:
 
 
 @pytest.mark.parametrize("engine", [*ENGINES, "ds_zero2_cpu --num_processes 4", "ds_zero3_cpu --num_processes 4"])
-def test_every_engine_trains_the_same_run(workspace: Path, engine: str) -> None:
-    assert_same_run(trained(workspace, engine), trained(workspace, None))
+def test_every_engine_trains_the_same_run(workspace: Path, forks: Forks, engine: str) -> None:
+    assert_same_run(trained(workspace, forks, engine), trained(workspace, forks, None))
 
 
-def test_nothing_is_compiled(workspace: Path, tmp_path: Path) -> None:
+def test_nothing_is_compiled(workspace: Path, tmp_path: Path, forks: Forks) -> None:
     """A build leaves a lock when it is killed, and later runs would wait for it."""
     inputs = Inputs(*(workspace / "inputs" / part for part in ("model", "train.jsonl", "eval.jsonl")))
-    result = run_command(
-        inputs.flags(tmp_path / "run", max_steps=1),
-        "ds_zero2_cpu --num_processes 1",
-        TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"),
-    )
-    assert result.returncode == 0, result.stderr
+    flags, extensions = inputs.flags(tmp_path / "run", max_steps=1), str(tmp_path / "extensions")
+    codes = forks.run(flags, tmp_path, "ds_zero2_cpu --num_processes 1", TORCH_EXTENSIONS_DIR=extensions)
+    assert codes == [0], (tmp_path / "log").read_text("utf-8")
     assert not (tmp_path / "extensions").exists()
 
 
@@ -109,19 +95,18 @@ def test_a_checkpoint_continues_elsewhere(
     workspace: Path, forks: Forks, wrote: str | None, continues: str | None
 ) -> None:
     """Step 2's checkpoint of two ranks goes on with one and with four, in every stage, and from stage to stage."""
-    checkpoint = trained(workspace, wrote) / "checkpoints" / "step-000002"
-    run = trained(workspace, continues, f"{wrote}-to-{continues}", forks, resume=checkpoint)
-    assert_same_run(run, trained(workspace, None), first_step=3)
+    checkpoint = trained(workspace, forks, wrote) / "checkpoints" / "step-000002"
+    run = trained(workspace, forks, continues, f"{wrote}-to-{continues}", resume=checkpoint)
+    assert_same_run(run, trained(workspace, forks, None), first_step=3)
 
 
 @pytest.mark.parametrize("engine", ["ds_zero2_cpu", "ds_zero3_cpu"])
 def test_a_resumed_run_has_the_same_bits(workspace: Path, forks: Forks, engine: str) -> None:
     """Also with dropout, which is drawn from the step and the rank."""
     options = {"lora_r": 4, "lora_dropout": 0.2, "num_train_epochs": 1}
-    whole = trained(workspace, engine, f"{engine}-whole", forks, **options)
-    parts = trained(
-        workspace, engine, f"{engine}-parts", forks, resume=whole / "checkpoints" / "step-000002", **options
-    )
+    whole = trained(workspace, forks, engine, f"{engine}-whole", **options)
+    checkpoint = whole / "checkpoints" / "step-000002"
+    parts = trained(workspace, forks, engine, f"{engine}-parts", resume=checkpoint, **options)
     assert same_bits(parts, whole)
 
 
@@ -139,8 +124,8 @@ def test_a_resumed_run_has_the_same_bits(workspace: Path, forks: Forks, engine: 
 def test_reference_modes_agree(workspace: Path, forks: Forks, engine: str | None, reference: str) -> None:
     """Rewards are beta times the log-ratio to the reference: with equal ones, its log-probabilities are equal."""
     options = {"num_train_epochs": 1} | ({"lora_r": 4} if reference == "adapter" else {})
-    expected = trained(workspace, None, f"cache-{bool(options.get('lora_r'))}", forks, reference="cache", **options)
-    run = trained(workspace, engine, f"{engine}-{reference}", forks, reference=reference, **options)
+    expected = trained(workspace, forks, None, f"cache-{bool(options.get('lora_r'))}", reference="cache", **options)
+    run = trained(workspace, forks, engine, f"{engine}-{reference}", reference=reference, **options)
     assert_same_run(run, expected)
     for ours, theirs in zip(train_lines(run), train_lines(expected), strict=True):
         for side in ("chosen", "rejected"):
@@ -156,21 +141,22 @@ def test_mixtures_of_experts_are_sharded_too(workspace: Path, forks: Forks, kind
     tiny_model(kind, vocab_size=len(tokenizer)).save_pretrained(model)
     tokenizer.save_pretrained(model)
     options = {"model_name_or_path": model, "num_train_epochs": 1, "reference": "live"}
-    single = trained(workspace, None, f"single-{kind}", forks, **options)
+    single = trained(workspace, forks, None, f"single-{kind}", **options)
     assert train_lines(single)[0]["aux_loss"] > 0
-    assert_same_run(trained(workspace, "ds_zero3_cpu", f"zero3-{kind}", forks, **options), single)
+    assert_same_run(trained(workspace, forks, "ds_zero3_cpu", f"zero3-{kind}", **options), single)
 
 
 @pytest.mark.parametrize("engine", [None, "ds_zero2_cpu", "ds_zero3_cpu"])
-def test_an_offloaded_reference_is_a_layer_on_the_device(workspace: Path, engine: str | None) -> None:
+def test_an_offloaded_reference_is_a_layer_on_the_device(
+    workspace: Path, tmp_path: Path, forks: Forks, engine: str | None
+) -> None:
     """Counted at every operation of a forward pass; between passes nothing is there."""
     tiny_model("llama", num_hidden_layers=8).save_pretrained(workspace / "deep")
-    words = command([str(workspace / "deep"), str(workspace / "unused")], engine)
-    at = words.index("minimind_dpo.train") - 1
-    words[at : at + 2] = ["tests/programs/held_by_reference.py"]
-    result = subprocess.run(words, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
-    found = re.search(r"HELD whole=(\d+) largest=(\d+) most=(\d+) between=(\d+)", result.stdout)
-    assert found, result.stderr
+    words, program = [str(workspace / "deep"), str(workspace / "unused")], "tests/programs/held_by_reference.py"
+    codes = forks.run(words, tmp_path, engine, program=program)
+    said = (tmp_path / "log").read_text("utf-8")
+    found = re.search(r"HELD whole=(\d+) largest=(\d+) most=(\d+) between=(\d+)", said)
+    assert set(codes) == {0} and found, said
     whole, largest, most, between = map(int, found.groups())
     assert 0 < most <= largest < whole / 2
     assert between == 0
@@ -178,8 +164,8 @@ def test_an_offloaded_reference_is_a_layer_on_the_device(workspace: Path, engine
 
 @pytest.mark.parametrize("engine", ["ds_zero2_cpu", "ds_zero3_cpu"])
 def test_bf16_stays_close(workspace: Path, forks: Forks, engine: str) -> None:
-    half = trained(workspace, f"{engine} --mixed_precision bf16", forks=forks, num_train_epochs=1)
-    full = trained(workspace, None)
+    half = trained(workspace, forks, f"{engine} --mixed_precision bf16", num_train_epochs=1)
+    full = trained(workspace, forks, None)
     for ours, theirs in zip(train_lines(half), train_lines(full), strict=False):
         assert ours["logps/chosen"] == pytest.approx(theirs["logps/chosen"], rel=0.02)
         assert ours["logps/chosen"] != theirs["logps/chosen"]
@@ -195,19 +181,17 @@ def test_bf16_stays_close(workspace: Path, forks: Forks, engine: str) -> None:
     ],
 )
 def test_when_one_rank_fails_all_leave(
-    workspace: Path, tmp_path: Path, engine: str, rank: int, grief: str, message: str
+    workspace: Path, tmp_path: Path, forks: Forks, engine: str, rank: int, grief: str, message: str
 ) -> None:
     inputs = Inputs(*(workspace / "inputs" / part for part in ("model", "train.jsonl", "eval.jsonl")))
-    words = command(inputs.flags(tmp_path / "run", **(OPTIONS | BATCH[2]), ddp_timeout=15), engine)
-    module = words.index("minimind_dpo.train") - 1
-    words[module : module + 2] = ["tests/programs/one_rank.py", str(rank), "2", grief]
-    result = subprocess.run(words, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=150)
-    assert result.returncode != 0
-    assert message in result.stderr
-    assert result.stderr.count("Traceback (most recent call last)") <= 2  # the first rank's, and the launcher's own
+    words = [str(rank), "2", grief, *inputs.flags(tmp_path / "run", **(OPTIONS | BATCH[2]), ddp_timeout=15)]
+    codes = forks.run(words, tmp_path, engine, program="tests/programs/one_rank.py")
+    said = (tmp_path / "log").read_text("utf-8")
+    assert 0 not in codes and message in said, said
+    assert said.count("Traceback (most recent call last)") <= 1
 
 
-def test_contradictions_are_one_clear_error(workspace: Path, tmp_path: Path) -> None:
+def test_contradictions_are_one_clear_error(workspace: Path, tmp_path: Path, forks: Forks) -> None:
     """All of them at once, each with the name of what decides."""
     settings = json.loads((REPOSITORY / "configs/deepspeed/zero2_cpu.json").read_text()) | {
         "gradient_clipping": 0.5,
@@ -218,14 +202,12 @@ def test_contradictions_are_one_clear_error(workspace: Path, tmp_path: Path) -> 
     accelerate = (REPOSITORY / "configs/accelerate/ds_zero2_cpu.yaml").read_text()
     (tmp_path / "own.yaml").write_text(accelerate.replace("configs/deepspeed/zero2_cpu.json", f"{tmp_path}/zero.json"))
     inputs = Inputs(*(workspace / "inputs" / part for part in ("model", "train.jsonl", "eval.jsonl")))
-    words = command(inputs.flags(tmp_path / "run"), "ds_zero2_cpu --num_processes 1")
-    words[words.index("--config_file") + 1] = str(tmp_path / "own.yaml")
-    result = subprocess.run(words, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=150)
-    assert result.returncode != 0
+    assert forks.run(inputs.flags(tmp_path / "run"), tmp_path, f"{tmp_path}/own --num_processes 1") == [2]
+    said = (tmp_path / "log").read_text("utf-8")
     for message in (
         "gradient_clipping: 0.5, but the training configuration decides this: max_grad_norm is 1.0",
         "optimizer: is set, but the training configuration decides this",
         "train_micro_batch_size_per_gpu: 3",
         "per_device_train_batch_size is 4",
     ):
-        assert message in result.stderr
+        assert message in said

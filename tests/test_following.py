@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_forks import Forks, train_on
-from helpers_run import Inputs, run_command, train_here, train_lines
+from helpers_run import Inputs, train_here, train_lines
 
 from minimind_dpo.checkpoints.files import FragmentReader
 from minimind_dpo.config import load_config
@@ -45,11 +45,12 @@ def test_a_reference_that_becomes_the_policy(inputs: Inputs, tmp_path: Path, eng
         ("single_cpu", "fp16", "nearest"),
     ],
 )
-def test_in_half_precision_too(inputs: Inputs, tmp_path: Path, engine: str, precision: str, rounding: str) -> None:
+def test_in_half_precision_too(
+    inputs: Inputs, tmp_path: Path, forks: Forks, engine: str, precision: str, rounding: str
+) -> None:
     """Both are rounded alike: what one weight is in products is what the other is."""
     given = flags(inputs, tmp_path, None, ref_model_mixup_alpha=1.0, max_steps=2, weight_rounding=rounding)
-    result = run_command(given, f"{engine} --mixed_precision {precision}")
-    assert result.returncode == 0, result.stderr
+    train_on(f"{engine} --mixed_precision {precision}", given, forks, tmp_path)
     assert [line["loss"] for line in train_lines(tmp_path)] == pytest.approx([math.log(2)] * 2, abs=1e-6)
 
 

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers_run import REPOSITORY, Inputs, environment, run_command, same_bits, train_here
+from helpers_forks import Forks
+from helpers_run import REPOSITORY, Inputs, environment, same_bits, train_here
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -94,11 +95,11 @@ assert main(["train", *sys.argv[1:]]) == 0
 """
 
 
-def test_training_where_there_is_only_what_every_system_has(inputs: Inputs, tmp_path: Path) -> None:
+def test_training_where_there_is_only_what_every_system_has(inputs: Inputs, forks: Forks, tmp_path: Path) -> None:
     """And without LoRA and trackers nothing that is optional is imported."""
     modules = imported(ELSEWHERE, *inputs.flags(tmp_path / "elsewhere", eval_data=inputs.eval_data, save_steps=2))
     assert not modules.intersection(OPTIONAL) - {"deepspeed"}  # which is in sys.modules as the None above
-    assert run_command(inputs.flags(tmp_path / "here")).returncode == 0
+    assert forks.run(inputs.flags(tmp_path / "here"), tmp_path) == [0]
     assert same_bits(tmp_path / "elsewhere", tmp_path / "here")
 
 

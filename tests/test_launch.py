@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers_forks import Forks
 from helpers_run import REPOSITORY, Inputs, environment, same_bits
 from helpers_slurm import wait_until, write_config
 
@@ -52,19 +53,12 @@ def stub(tmp_path: Path) -> Path:
     return path
 
 
-def launch(stub: Path, processes: str, codes: str) -> list[str]:
+PROGRAM = "minimind_dpo.launch"
+
+
+def arguments(stub: Path, processes: str, codes: str) -> list[str]:
     config = REPOSITORY / "configs" / "accelerate" / f"{CONFIGS[processes]}.yaml"
-    return [
-        sys.executable,
-        "-m",
-        "minimind_dpo.launch",
-        "--config_file",
-        str(config),
-        "--main_process_port",
-        "0",
-        str(stub),
-        codes,
-    ]
+    return ["--config_file", str(config), "--main_process_port", "0", str(stub), codes]
 
 
 @pytest.mark.parametrize(
@@ -100,40 +94,34 @@ def test_overall_code(codes: list[int], code: int) -> None:
         ("two", "75,forever", 75, ""),
     ],
 )
-def test_exit_codes(stub: Path, processes: str, codes: str, code: int, message: str) -> None:
-    done = subprocess.run(
-        launch(stub, processes, codes), env=environment(), capture_output=True, text=True, timeout=120, cwd=REPOSITORY
-    )
-    assert done.returncode == code and message in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr and "FAILED" not in done.stderr
+def test_exit_codes(
+    forks: Forks, stub: Path, tmp_path: Path, processes: str, codes: str, code: int, message: str
+) -> None:
+    ended = forks.run(arguments(stub, processes, codes), tmp_path, program=PROGRAM)
+    said = (tmp_path / "log").read_text("utf-8")
+    assert ended == [code] and message in said, said
+    assert "Traceback" not in said and "FAILED" not in said
 
 
 @pytest.mark.parametrize(
     ("processes", "number"),
     [("one", signal.SIGTERM), ("two", signal.SIGTERM), ("two", signal.SIGUSR1), ("two", signal.SIGINT)],
 )
-def test_signals_reach_the_workers(stub: Path, processes: str, number: signal.Signals) -> None:
-    process = subprocess.Popen(
-        launch(stub, processes, "wait"),
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=REPOSITORY,
-        # a shell has what it starts in the background ignore Ctrl-C, these tests too
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+def test_signals_reach_the_workers(
+    forks: Forks, stub: Path, tmp_path: Path, processes: str, number: signal.Signals
+) -> None:
+    started = forks.start(arguments(stub, processes, "wait"), tmp_path, program=PROGRAM)
     ready = stub.with_name("ready-0" if processes == "one" else "ready-1")
-    wait_until(ready.exists, 60)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 75 and "Traceback" not in stderr, stderr
+    started.wait_until(ready.exists, 60)
+    started.signal(number)
+    ended, said = started.wait(), (tmp_path / "log").read_text("utf-8")
+    assert ended == [75] and "Traceback" not in said, said
 
 
-def test_a_wrong_argument_is_a_users_mistake(stub: Path) -> None:
-    command = launch(stub, "one", "0")
-    command[command.index("--config_file") + 1] = "nowhere.yaml"
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "nowhere.yaml" in done.stderr and "Traceback" not in done.stderr
+def test_a_wrong_argument_is_a_users_mistake(forks: Forks, stub: Path, tmp_path: Path) -> None:
+    ended = forks.run(["--config_file", "nowhere.yaml", str(stub), "0"], tmp_path, program=PROGRAM)
+    said = (tmp_path / "log").read_text("utf-8")
+    assert ended == [2] and "nowhere.yaml" in said and "Traceback" not in said, said
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
@@ -270,7 +258,7 @@ def test_submitted_from_elsewhere(tmp_path: Path) -> None:
     assert done.returncode == 2 and "from the repository's root" in done.stderr
 
 
-def test_train_sh_runs_again_and_stops_when_asked(inputs: Inputs, tmp_path: Path) -> None:
+def test_train_sh_runs_again_and_stops_when_asked(inputs: Inputs, forks: Forks, tmp_path: Path) -> None:
     """A worker that is signalled: the run goes on by itself. The script is signalled: it ends with 75."""
     script = [str(LAUNCH / "local" / "train.sh"), "configs/accelerate/multi_cpu.yaml"]
     options = dict(max_steps=60, gradient_accumulation_steps=1, per_device_train_batch_size=2, save_steps=1)
@@ -294,7 +282,7 @@ def test_train_sh_runs_again_and_stops_when_asked(inputs: Inputs, tmp_path: Path
     done = subprocess.run([*script, str(config)], env=environ, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     whole = write_config(inputs, tmp_path / "whole", **options | {"save_steps": 0})
-    assert subprocess.run([*script, str(whole)], env=environ, cwd=REPOSITORY, capture_output=True).returncode == 0
+    assert forks.run(["--config", str(whole)], tmp_path / "whole", "multi_cpu") == [0, 0]
     assert same_bits(tmp_path / "stopped" / "run", tmp_path / "whole" / "run")
 
 

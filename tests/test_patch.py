@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
+from helpers_forks import Forks
 from helpers_model import VOCAB, random_row, tiny_model
-from helpers_run import REPOSITORY, command, environment
 from torch import Tensor
 from transformers import NanoChatConfig, NanoChatForCausalLM, PreTrainedModel
 from transformers.models.llama import modeling_llama
@@ -289,12 +288,10 @@ def test_a_rotation_of_another_kind_is_left_alone() -> None:
 
 @pytest.mark.parametrize("engine", ["multi_cpu", "ds_zero2_cpu", "ds_zero3_cpu"])
 @pytest.mark.parametrize("kind", ["llama", "minimind_moe"])
-def test_on_two_ranks(tmp_path: Path, engine: str, kind: str) -> None:
+def test_on_two_ranks(tmp_path: Path, forks: Forks, engine: str, kind: str) -> None:
     """Scored, backward under checkpointing and stepped by nothing, a policy computes and generates as it was loaded."""
     tiny_model(kind).save_pretrained(tmp_path / "model")
-    words = command([str(tmp_path / "model"), str(tmp_path / "run")], engine)
-    at = words.index("minimind_dpo.train") - 1
-    words[at : at + 2] = ["tests/programs/whole_after_scoring.py"]
-    result = subprocess.run(words, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("WHOLE") == 2, result.stdout + result.stderr
+    words, program = [str(tmp_path / "model"), str(tmp_path / "run")], "tests/programs/whole_after_scoring.py"
+    codes = forks.run(words, tmp_path, engine, program=program)
+    said = (tmp_path / "log").read_text("utf-8")
+    assert codes == [0, 0] and said.count("WHOLE") == 2, said

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers_run import REPOSITORY, WORDS, Inputs, command, environment, lines, same_bits, train_here
+from helpers_forks import Forks
+from helpers_run import WORDS, Inputs, command, environment, lines, same_bits, train_here
 
 from minimind_dpo import cli
 from minimind_dpo.reference.cache import ReferenceCache
@@ -22,10 +23,13 @@ from minimind_dpo.reference.sources import LiveReference
 TIMES = {"pairs_per_second", "tokens_per_second", "peak_memory_gib"}
 
 
-def precompute(flags: list[str], accelerate: str | None = None) -> subprocess.CompletedProcess[str]:
-    """The real command."""
-    words = [word.replace("minimind_dpo.train", "minimind_dpo.precompute") for word in command(flags, accelerate)]
-    return subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300, cwd=REPOSITORY)
+def precompute(flags: list[str], forks: Forks, directory: Path, engine: str | None = None) -> str:
+    """What the command says."""
+    cache = {"MINIMIND_DPO_CACHE": os.environ["MINIMIND_DPO_CACHE"]}
+    codes = forks.run(flags, directory, engine, program="minimind_dpo.precompute", **cache)
+    said = (directory / "log").read_text("utf-8")
+    assert set(codes) == {0}, said
+    return said
 
 
 def cache_files() -> list[str]:
@@ -87,13 +91,14 @@ def test_training_computes_nothing(
     assert_trains_as_if_it_had_filled(inputs, tmp_path, monkeypatch, **options)
 
 
-@pytest.mark.parametrize("accelerate", ["multi_cpu", "ds_zero3_cpu"])
-def test_two_ranks_for_one(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accelerate: str) -> None:
+@pytest.mark.parametrize("engine", ["multi_cpu", "ds_zero3_cpu"])
+def test_two_ranks_for_one(
+    inputs: Inputs, tmp_path: Path, forks: Forks, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
     """Two ranks, sharing the pairs or the model as well, fill the cache that a run on one process reads."""
     options = {"train_data": long_data(tmp_path / "long.jsonl", 150), "max_steps": 19, "logging_steps": 5}
-    result = precompute(inputs.flags(tmp_path / "unused", **options | {"max_steps": -1}), accelerate)
-    assert result.returncode == 0, result.stderr
-    assert "150 pairs: 150 scored (" in result.stdout
+    said = precompute(inputs.flags(tmp_path / "unused", **options | {"max_steps": -1}), forks, tmp_path, engine)
+    assert "150 pairs: 150 scored (" in said
     assert not (tmp_path / "unused").exists()
     assert_trains_as_if_it_had_filled(inputs, tmp_path, monkeypatch, **options)
 
@@ -117,7 +122,7 @@ def long_data(path: Path, pairs: int) -> Path:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM])
-def test_a_signal_stops_it_and_it_goes_on(inputs: Inputs, tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_stops_it_and_it_goes_on(inputs: Inputs, tmp_path: Path, forks: Forks, number: signal.Signals) -> None:
     flags = inputs.flags(tmp_path / "unused", train_data=long_data(tmp_path / "long.jsonl", 3000))
     words = [word.replace("minimind_dpo.train", "minimind_dpo.precompute") for word in command(flags)]
     process = subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True)
@@ -130,9 +135,7 @@ def test_a_signal_stops_it_and_it_goes_on(inputs: Inputs, tmp_path: Path, number
     assert "stopped early while computing reference log-probabilities; the same command continues there" in stderr
     kept = 64 * len(list(cache.glob("reference/*/chunk-*.arrow")))
     assert 0 < kept < 3000
-    result = precompute(flags)
-    assert result.returncode == 0, result.stderr
-    assert f"{kept} found" in result.stdout
+    assert f"{kept} found" in precompute(flags, forks, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers_data import tiny_tokenizer, write_jsonl
 from helpers_forks import Forks, train_on
-from helpers_run import Inputs, lines, run_command, train_here, train_lines
+from helpers_run import Inputs, lines, train_here, train_lines
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -111,7 +111,9 @@ def test_dropout_is_drawn_alike_in_both_passes(inputs: Inputs, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("engine", [None, "ds_zero3_cpu"])
-def test_no_reference_is_held_where_none_is_read(inputs: Inputs, tmp_path: Path, engine: str | None) -> None:
+def test_no_reference_is_held_where_none_is_read(
+    inputs: Inputs, tmp_path: Path, forks: Forks, engine: str | None
+) -> None:
     options = {
         "loss_type": "simpo",
         "beta": 2.0,
@@ -120,11 +122,10 @@ def test_no_reference_is_held_where_none_is_read(inputs: Inputs, tmp_path: Path,
         "eval_data": inputs.eval_data,
     }
     flags = words(inputs, tmp_path / "run", options)
-    cache = tmp_path / "cache"
-    result = run_command(flags, engine, MINIMIND_DPO_CACHE=str(cache))
-    assert result.returncode == 0, result.stderr
-    assert "reference: none (simpo reads none)" in result.stderr
-    assert not (cache / "reference").exists()
+    codes = forks.run(flags, tmp_path, engine)
+    said = (tmp_path / "log").read_text("utf-8")
+    assert set(codes) == {0} and "reference: none (simpo reads none)" in said, said
+    assert not (tmp_path / "cache" / "reference").exists()
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["reference_digest"] is None
     first = train_lines(tmp_path / "run")[0]

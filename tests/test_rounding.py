@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers_data import write_jsonl
 from helpers_forks import Forks
-from helpers_run import run_command, same_bits, train_lines
+from helpers_run import same_bits, train_lines
 from torch import Tensor
 
 from minimind_dpo import load_model, pack_pairs
@@ -349,14 +349,13 @@ def test_a_reference_off_the_grid_starts_equal_and_a_cache_belongs_to_its_roundi
             assert line["rewards/chosen"] == pytest.approx(0, abs=1e-5)
 
 
-def test_another_rounding_is_another_run(run: Runs, tmp_path: Path) -> None:
+def test_another_rounding_is_another_run(run: Runs, forks: Forks, tmp_path: Path) -> None:
     run(WEIGHTS, tmp_path / "run", "bf16", max_steps=2, save_steps=1)
     config = (tmp_path / "run" / "config.yaml").read_text("utf-8")
     assert "weight_rounding: dithered" in config
-    result = run_command(
-        flags(WEIGHTS, tmp_path / "run", max_steps=4, weight_rounding="nearest"), "single_cpu --mixed_precision bf16"
-    )
-    assert result.returncode and "weight_rounding: was dithered, is nearest" in result.stderr
+    other = flags(WEIGHTS, tmp_path / "run", max_steps=4, weight_rounding="nearest")
+    assert forks.run(other, tmp_path, "single_cpu --mixed_precision bf16") == [2]
+    assert "weight_rounding: was dithered, is nearest" in (tmp_path / "log").read_text("utf-8")
 
 
 def test_a_checkpoint_from_before_the_setting_goes_on_to_the_nearest(run: Runs, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from helpers_data import tiny_tokenizer, write_jsonl
-from helpers_run import Inputs, run_command, train_here
+from helpers_forks import Forks
+from helpers_run import Inputs, train_here
 
 from minimind_dpo.config import load_config
 from minimind_dpo.errors import UserError
@@ -74,7 +75,7 @@ def test_a_row_can_not_write_into_the_report(inputs: Inputs, tmp_path: Path) -> 
     assert "<img src=x" not in report and "<script>alert(1)" not in report
 
 
-def test_no_secret_is_written(inputs: Inputs, tmp_path: Path) -> None:
+def test_no_secret_is_written(inputs: Inputs, tmp_path: Path, forks: Forks) -> None:
     """A run with a tracker, an evaluation, checkpoints and a skipped step, whose surroundings hold canaries."""
     canaries = {name: f"canary-{number}-" + "c" * 32 for number, name in enumerate(SECRETS)}
     rows = inputs.train_data.read_text("utf-8").splitlines()
@@ -87,11 +88,9 @@ def test_no_secret_is_written(inputs: Inputs, tmp_path: Path) -> None:
         "reference": "cache",
         "report_to": "wandb",
     }
-    surroundings = {"WANDB_MODE": "offline", "MINIMIND_DPO_CACHE": str(tmp_path / "cache")}
-    result = run_command(inputs.flags(tmp_path / "run", **options), **surroundings, **canaries)
-    assert result.returncode == 0, result.stderr
+    codes = forks.run(inputs.flags(tmp_path / "run", **options), tmp_path, WANDB_MODE="offline", **canaries)
+    assert codes == [0], (tmp_path / "log").read_text("utf-8")
     written = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink()]
     assert len(written) > 20 and (tmp_path / "run" / "nonfinite").is_dir() and (tmp_path / "run" / "wandb").is_dir()
     for path in written:
         assert b"canary-" not in path.read_bytes(), path
-    assert "canary-" not in result.stdout + result.stderr

@@ -1,4 +1,4 @@
-"""The real command: what a run leaves, exactness over factorisations, repeats, kills and signals."""
+"""A run: what it leaves, exactness over factorisations, repeats, kills and signals; the real command too."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from helpers_run import (
     train_lines,
     weights,
 )
+from helpers_slurm import wait_until
 
 from minimind_dpo.checkpoints.directory import checkpoint_problem
 from minimind_dpo.config import load_config
@@ -156,11 +158,11 @@ def test_reading_later_and_workers_change_nothing(
         train_here(inputs.flags(tmp_path / "lost", logging_steps=10, learning_rate="1e30", max_grad_norm=0))
 
 
-def test_bf16_stays_close(inputs: Inputs, tmp_path: Path) -> None:
+def test_bf16_stays_close(inputs: Inputs, forks: Forks, tmp_path: Path) -> None:
     """Autocast to bf16 (8 bits of mantissa): the same run within some percent, and not the same numbers."""
     train_here(inputs.flags(tmp_path / "fp32", learning_rate=1e-3))
-    result = run_command(inputs.flags(tmp_path / "bf16", learning_rate=1e-3), ACCELERATE_MIXED_PRECISION="bf16")
-    assert result.returncode == 0, result.stderr
+    flags = inputs.flags(tmp_path / "bf16", learning_rate=1e-3)
+    train_on("single_cpu --mixed_precision bf16", flags, forks, tmp_path)
     half, full = ([line["logps/chosen"] for line in train_lines(tmp_path / run)] for run in ("bf16", "fp32"))
     assert half == pytest.approx(full, rel=0.02) and half != full
 
@@ -174,16 +176,18 @@ def test_weights_scale_their_pairs(inputs: Inputs, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("accelerate", [None, "multi_cpu"])
-def test_same_command_same_bits(inputs: Inputs, tmp_path: Path, accelerate: str | None) -> None:
-    for name in ("first", "second"):
-        result = run_command(inputs.flags(tmp_path / name, gradient_accumulation_steps=1), accelerate)
-        assert result.returncode == 0, result.stderr
+def test_same_command_same_bits(inputs: Inputs, forks: Forks, tmp_path: Path, accelerate: str | None) -> None:
+    """The real command's, and a fork's, whose program orders its sets in another way (PYTHONHASHSEED)."""
+    result = run_command(inputs.flags(tmp_path / "first", gradient_accumulation_steps=1), accelerate)
+    assert result.returncode == 0, result.stderr
+    codes = forks.run(inputs.flags(tmp_path / "second", gradient_accumulation_steps=1), tmp_path, accelerate)
+    assert set(codes) == {0}, (tmp_path / "log").read_text("utf-8")
     assert same_bits(tmp_path / "first", tmp_path / "second")
 
 
 @pytest.mark.parametrize("accelerate", [None, "multi_cpu"])
-def test_killed_again_and_again(inputs: Inputs, tmp_path: Path, accelerate: str | None) -> None:
-    """SIGKILL of the process group at random moments; `--resume auto` ends with the undisturbed run's bits."""
+def test_killed_again_and_again(inputs: Inputs, forks: Forks, tmp_path: Path, accelerate: str | None) -> None:
+    """SIGKILL of all processes at random moments; `--resume auto` ends with the undisturbed run's bits."""
     options = dict(
         num_train_epochs=6,
         gradient_accumulation_steps=1,
@@ -192,27 +196,18 @@ def test_killed_again_and_again(inputs: Inputs, tmp_path: Path, accelerate: str 
         eval_data=inputs.eval_data,
         eval_steps=5,
     )
-    undisturbed = run_command(inputs.flags(tmp_path / "undisturbed", **options), accelerate)
-    assert undisturbed.returncode == 0, undisturbed.stderr
-
+    assert set(forks.run(inputs.flags(tmp_path / "undisturbed", **options), tmp_path, accelerate)) == {0}
     flags, rng, kills = inputs.flags(tmp_path / "killed", **options), random.Random(7), 0
     for _ in range(5):
-        process = subprocess.Popen(
-            command(flags, accelerate),
-            env=environment(),
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        _wait_for_progress(process, tmp_path / "killed" / "metrics.jsonl")
-        time.sleep(rng.uniform(0.0, 0.6))
-        if process.poll() is not None:
+        started = forks.start(flags, tmp_path, accelerate)
+        started.wait_until(progress(tmp_path / "killed" / "metrics.jsonl"))
+        time.sleep(rng.uniform(0.0, 0.3))
+        started.signal(signal.SIGKILL)
+        if started.wait()[0] == 0:
             break
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
         kills += 1
-    result = run_command(flags, accelerate)
-    assert result.returncode == 0, result.stderr
+    codes = forks.run(flags, tmp_path, accelerate)
+    assert set(codes) == {0}, (tmp_path / "log").read_text("utf-8")
     assert kills >= 1
     assert same_bits(tmp_path / "killed", tmp_path / "undisturbed")
     names = ("step", "loss", "eval_loss", "grad_norm", "rewards/margins")
@@ -228,7 +223,7 @@ def test_ranks_end_with_their_launcher(inputs: Inputs, tmp_path: Path) -> None:
     process = subprocess.Popen(
         command(flags, "multi_cpu"), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    _wait_for_progress(process, tmp_path / "run" / "metrics.jsonl")
+    wait_until(progress(tmp_path / "run" / "metrics.jsonl"), 120)
     ranks = psutil.Process(process.pid).children(recursive=True)
     assert len(ranks) >= 2
     process.kill()
@@ -248,18 +243,14 @@ def test_one_run_a_directory(inputs: Inputs, tmp_path: Path) -> None:
     assert train_here(inputs.flags(directory, max_steps=1)) == 0  # free again
 
 
-def _wait_for_progress(process: subprocess.Popen[bytes], metrics: Path) -> None:
-    """Return once the process has logged something new, or has ended."""
+def progress(metrics: Path) -> Callable[[], bool]:
+    """Whether something new has been logged from now on."""
     before = metrics.stat().st_mtime_ns if metrics.exists() else 0
-    deadline = time.time() + 120
-    while process.poll() is None and time.time() < deadline:
-        if metrics.exists() and metrics.stat().st_mtime_ns > before and "loss" in metrics.read_text():
-            return
-        time.sleep(0.05)
+    return lambda: metrics.exists() and metrics.stat().st_mtime_ns > before and "loss" in metrics.read_text()
 
 
 @pytest.mark.parametrize("accelerate", [None, "multi_cpu"])
-def test_sigterm_saves_and_exits_75(inputs: Inputs, tmp_path: Path, accelerate: str | None) -> None:
+def test_sigterm_saves_and_exits_75(inputs: Inputs, forks: Forks, tmp_path: Path, accelerate: str | None) -> None:
     """A stopped run ends with exit code 75 and a checkpoint, and continues to the undisturbed run's bits."""
     options = dict(num_train_epochs=20, gradient_accumulation_steps=1, per_device_train_batch_size=2)
     flags = inputs.flags(tmp_path / "stopped", **options)
@@ -271,7 +262,7 @@ def test_sigterm_saves_and_exits_75(inputs: Inputs, tmp_path: Path, accelerate: 
         stderr=subprocess.PIPE,
         text=True,
     )
-    _wait_for_progress(process, tmp_path / "stopped" / "metrics.jsonl")
+    wait_until(progress(tmp_path / "stopped" / "metrics.jsonl"), 120)
     process.terminate()
     _, stderr = process.communicate(timeout=120)
     if accelerate is None:  # a launcher reports its workers' codes in its own way
@@ -280,8 +271,8 @@ def test_sigterm_saves_and_exits_75(inputs: Inputs, tmp_path: Path, accelerate: 
     assert len(checkpoints) == 1 and checkpoint_problem(checkpoints[0]) is None
     assert not (tmp_path / "stopped" / "summary.json").exists()
 
-    assert run_command(flags, accelerate).returncode == 0
-    assert run_command(inputs.flags(tmp_path / "whole", **options), accelerate).returncode == 0
+    for again in (flags, inputs.flags(tmp_path / "whole", **options)):
+        assert set(forks.run(again, tmp_path, accelerate)) == {0}, (tmp_path / "log").read_text("utf-8")
     assert same_bits(tmp_path / "stopped", tmp_path / "whole")
 
 
@@ -356,12 +347,18 @@ def test_a_longer_run_continues_with_a_notice(inputs: Inputs, tmp_path: Path, ca
         ({"learning_rate": "1e30", "max_grad_norm": 0}, 1, "of optimizer step 2 is not finite"),
     ],
 )
-def test_exit_codes(inputs: Inputs, tmp_path: Path, options: dict[str, str], code: int, message: str) -> None:
-    result = run_command(
-        inputs.flags(tmp_path, **options), WANDB_MODE="online", WANDB_API_KEY="", WANDB_BASE_URL="http://127.0.0.1:9"
-    )
-    assert result.returncode == code and message in result.stderr
-    assert "Traceback" not in result.stderr
+def test_exit_codes(
+    inputs: Inputs, forks: Forks, tmp_path: Path, options: dict[str, str], code: int, message: str
+) -> None:
+    tracker = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    assert forks.run(inputs.flags(tmp_path / "run", **options), tmp_path, **tracker) == [code]
+    said = (tmp_path / "log").read_text("utf-8")
+    assert message in said and "Traceback" not in said
+
+
+def test_the_command_ends_with_the_code(inputs: Inputs, tmp_path: Path) -> None:
+    result = run_command(inputs.flags(tmp_path, beta=-1))
+    assert result.returncode == 2 and "beta: must be positive" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_peak_memory_is_the_programs_own() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_forks import Forks, train_on
-from helpers_run import Inputs, built, held_bytes, make_inputs, run_command, same_bits, train_here, train_lines
+from helpers_run import Inputs, built, held_bytes, make_inputs, same_bits, train_here, train_lines
 from safetensors.torch import load_file
 
 from minimind_dpo.cli import main as cli
@@ -26,6 +26,7 @@ from minimind_dpo.precompute import run as precompute
 
 BNB = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra 'quant' (bitsandbytes)")
 REQUIRED = {"model_name_or_path": "m", "train_data": "d"}
+BF16 = "single_cpu --mixed_precision bf16"
 LORA = {"lora_r": 8, "learning_rate": 1e-3, "max_steps": 20, "eval_steps": "none"}
 
 
@@ -81,13 +82,14 @@ def held_out(run: Path) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("how", ["dtype", "mixed_precision"])
-def test_lora_learns_the_same_beside_a_bf16_base(tmp_path: Path, lora: dict[str, float], how: str) -> None:
+def test_lora_learns_the_same_beside_a_bf16_base(
+    tmp_path: Path, lora: dict[str, float], forks: Forks, how: str
+) -> None:
     """Computed in bf16 by the base's own type, and under autocast, where `auto` gives the base that type."""
     if how == "dtype":
         assert train_here(demo_flags(tmp_path, dtype="bfloat16", **LORA)) == 0
     else:
-        result = run_command(demo_flags(tmp_path, **LORA), ACCELERATE_MIXED_PRECISION="bf16")
-        assert result.returncode == 0, result.stderr
+        train_on(BF16, demo_flags(tmp_path, **LORA), forks, tmp_path)
     after = held_out(tmp_path / "run")["after"]
     assert lora["after"] < 0.8 * lora["before"]
     assert after == pytest.approx(lora["after"], rel=0.02)
@@ -115,16 +117,14 @@ def test_a_resumed_run_with_a_half_precision_base_has_the_same_bits(
         train_here(tiny.flags(tmp_path / "other", resume=checkpoint, **options | {"dtype": "float32"}))
 
 
-def test_a_checkpoint_from_before_there_were_types_goes_on_in_fp32(tiny: Inputs, tmp_path: Path) -> None:
+def test_a_checkpoint_from_before_there_were_types_goes_on_in_fp32(tiny: Inputs, tmp_path: Path, forks: Forks) -> None:
     """Under bf16 too, where `auto` would begin a new run with a bf16 base."""
     options = {"lora_r": 4, "save_steps": 1, "dtype": "float32"}
-    result = run_command(tiny.flags(tmp_path / "whole", **options), ACCELERATE_MIXED_PRECISION="bf16")
-    assert result.returncode == 0, result.stderr
+    train_on(BF16, tiny.flags(tmp_path / "whole", **options), forks, tmp_path)
     checkpoint = tmp_path / "whole" / "checkpoints" / "step-000002"
     _forget(checkpoint, "dtype", "optim")
     options = {"lora_r": 4, "resume": checkpoint}
-    result = run_command(tiny.flags(tmp_path / "parts", **options), ACCELERATE_MIXED_PRECISION="bf16")
-    assert result.returncode == 0, result.stderr
+    train_on(BF16, tiny.flags(tmp_path / "parts", **options), forks, tmp_path)
     assert same_bits(tmp_path / "parts", tmp_path / "whole")
 
 
@@ -288,11 +288,11 @@ def test_references_of_four_bits_agree(tiny: Inputs, tmp_path: Path) -> None:
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
 
-def test_deepspeed_decides_itself(tiny: Inputs, tmp_path: Path) -> None:
+def test_deepspeed_decides_itself(tiny: Inputs, tmp_path: Path, forks: Forks) -> None:
     options = {"lora_r": 4, "dtype": "bfloat16", "reference": "live", "ref_dtype": "float16"}
     options |= {"quantization": "nf4", "ref_model_name_or_path": tiny.model}
-    result = run_command(tiny.flags(tmp_path / "run", **options), "ds_zero2_cpu --num_processes 1")
-    assert result.returncode != 0
-    assert "quantization: is nf4, for one process or DDP" in result.stderr
+    assert forks.run(tiny.flags(tmp_path / "run", **options), tmp_path, "ds_zero2_cpu --num_processes 1") == [2]
+    said = (tmp_path / "log").read_text("utf-8")
+    assert "quantization: is nf4, for one process or DDP" in said
     for name in ("dtype", "ref_dtype"):
-        assert f"{name}: is {options[name]}, but under DeepSpeed weights have the type" in result.stderr
+        assert f"{name}: is {options[name]}, but under DeepSpeed weights have the type" in said

@@ -1,19 +1,17 @@
-"""Weights & Biases through the real command, offline: what is in the run file afterwards, read back by hand."""
+"""Weights & Biases, offline: what is in the run file afterwards, read back by hand."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import struct
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers_run import Inputs, command, environment, lines, run_command
+from helpers_forks import Forks
+from helpers_run import Inputs, lines, run_command
 from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
 OFFLINE = {"WANDB_MODE": "offline", "WANDB_API_KEY": "dummy-secret-" + "0" * 27, "WANDB_SILENT": "true"}
@@ -78,7 +76,7 @@ def _assert_same_numbers(history: dict[int, dict[str, Any]], logged: list[dict[s
                 assert row[name] == pytest.approx(value, rel=1e-12, abs=0), (line["step"], name)
 
 
-def test_history_is_metrics_jsonl(inputs: Inputs, tmp_path: Path) -> None:
+def test_history_is_metrics_jsonl(inputs: Inputs, forks: Forks, tmp_path: Path) -> None:
     """Two ranks, one W&B run inside the run directory: every logged step and evaluation, the settings, no secret."""
     flags = inputs.flags(
         tmp_path / "run",
@@ -89,8 +87,7 @@ def test_history_is_metrics_jsonl(inputs: Inputs, tmp_path: Path) -> None:
         num_train_epochs=2,
         gradient_accumulation_steps=1,
     )
-    result = run_command(flags, "multi_cpu", **OFFLINE)
-    assert result.returncode == 0, result.stderr
+    assert forks.run(flags, tmp_path, "multi_cpu", **OFFLINE) == [0, 0], (tmp_path / "log").read_text("utf-8")
 
     (path,) = _files(tmp_path / "run")
     history = _history(path)
@@ -110,46 +107,39 @@ def test_history_is_metrics_jsonl(inputs: Inputs, tmp_path: Path) -> None:
     assert [file for file in files if OFFLINE["WANDB_API_KEY"].encode() in file.read_bytes()] == []
 
 
-def _stop_after_a_checkpoint(flags: list[str], checkpoints: Path, stop: signal.Signals) -> int:
-    """Start the command, stop it once there is a newer checkpoint, and return the step of the newest one then."""
-    before = _newest_step(checkpoints)
-    process = subprocess.Popen(
-        command(flags),
-        env=environment(**OFFLINE),
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.time() + 240
-    while process.poll() is None and time.time() < deadline and _newest_step(checkpoints) == before:
-        time.sleep(0.05)
-    os.killpg(process.pid, stop)
-    assert process.wait(timeout=240) == {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 75}[stop]
-    return _newest_step(checkpoints)
+def _stop_after_a_checkpoint(forks: Forks, flags: list[str], run: Path, stop: signal.Signals) -> int:
+    """Start a run, stop it once there is a newer checkpoint, and return the step of the newest one then."""
+    before = _newest_step(run / "checkpoints")
+    started = forks.start(flags, run.parent, **OFFLINE)
+    started.wait_until(lambda: _newest_step(run / "checkpoints") != before, 240)
+    started.signal(stop)
+    assert started.wait() == [{signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 75}[stop]]
+    return _newest_step(run / "checkpoints")
 
 
 def _newest_step(checkpoints: Path) -> int:
     return max((int(path.name.removeprefix("step-")) for path in checkpoints.glob("step-*")), default=0)
 
 
-def test_resumed_run_goes_on_reporting(inputs: Inputs, tmp_path: Path) -> None:
+def test_resumed_run_goes_on_reporting(inputs: Inputs, forks: Forks, tmp_path: Path) -> None:
     """Killed, resumed, stopped, resumed: three sessions of one W&B run, each going on where its checkpoint was."""
+    run = tmp_path / "run"
     flags = inputs.flags(
-        tmp_path,
+        run,
         report_to="wandb",
         num_train_epochs=20,
         save_steps=2,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=1,
     )
-    killed = _stop_after_a_checkpoint(flags, tmp_path / "checkpoints", signal.SIGKILL)
-    stopped = _stop_after_a_checkpoint(flags, tmp_path / "checkpoints", signal.SIGTERM)
-    result = run_command(flags, **OFFLINE)
+    killed = _stop_after_a_checkpoint(forks, flags, run, signal.SIGKILL)
+    stopped = _stop_after_a_checkpoint(forks, flags, run, signal.SIGTERM)
+    result = run_command(flags, **OFFLINE)  # as a user's run reports
     assert result.returncode == 0, result.stderr
-    logged = lines(tmp_path)
+    logged = lines(run)
     assert [line["step"] for line in logged] == list(range(1, 221)) and 0 < killed < stopped < 220
 
-    paths = _files(tmp_path)
+    paths = _files(run)
     assert len(paths) == 3 and len({path.name for path in paths}) == 1  # one id: `wandb sync` joins the sessions
     second, third = _history(paths[1]), _history(paths[2])
     assert list(second) == list(range(killed + 1, stopped + 1))

@@ -1,10 +1,11 @@
-"""Runs of the training command in forked processes, so that none pays for imports; one job a line of standard input.
+"""Runs of a command in forked processes, so that none pays for imports; one job a line of standard input.
 
-A job: `flags`; `ranks` and `environment` of each; `log`, a file for what they print; `pairs`, where each rank writes
-which pairs every optimizer step took; `bomb`, if something shall happen amid the run: {"module", "name", "nth", "when":
-"before" or "after", "rank", "signal", "fills"} sends a signal to that rank's process at the nth call of a function, or
-leaves no room on the disk `fills`; `forgets`, a value that the engine leaves out of checkpoints. Answered is a line
-with the ranks' exit codes. As under a launcher, ranks are killed once another one has failed.
+A job: `program`, a module with a `main` or a file of programs/, and its `flags`; `ranks` and `environment` of each;
+`log`, a file for what they print; `pairs`, where each rank writes which pairs every optimizer step took; `bomb`, if
+something shall happen amid the run: {"module", "name", "nth", "when": "before" or "after", "rank", "signal", "fills"}
+sends a signal to that rank's process at the nth call of a function, or leaves no room on the disk `fills`; `forgets`, a
+value that the engine leaves out of checkpoints. Answered is a line with the ranks' process ids, each the leader of a
+process group, and at the end one with their exit codes. As under a launcher, ranks are killed once another one failed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import importlib
 import json
 import os
+import runpy
 import signal
 import sys
 import tempfile
@@ -25,15 +27,14 @@ import deepspeed  # noqa: F401  # a fork has it then
 import torch
 from helpers_disk import fill
 
+import minimind_dpo.engine.cpu as cpu
 import minimind_dpo.report.page as page
 import minimind_dpo.training.loop as loop
 import minimind_dpo.training.run_directory
 import minimind_dpo.training.session
 import minimind_dpo.training.setup  # noqa: F401
-from minimind_dpo.config import load_config
 from minimind_dpo.ending import Ending
 from minimind_dpo.engine.plain import Plain
-from minimind_dpo.train import run
 
 IMPORTED = Path(tempfile.mkdtemp()) / "modules"
 page.curves = lambda *_: []  # half of a short run's time, and nothing here looks at them
@@ -78,6 +79,20 @@ def forget(name: str) -> None:
     Plain.scalars = lambda engine: {key: value for key, value in honest(engine).items() if key != name}
 
 
+def run(program: str, flags: list[str]) -> int:
+    """The exit code that the program comes to."""
+    if not program.endswith(".py"):
+        with Ending() as ending:
+            ending.code = importlib.import_module(program).main(flags)
+        return ending.code
+    sys.argv = [program, *flags]
+    try:
+        runpy.run_path(program, run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
 def work(job: dict[str, Any], rank: int) -> NoReturn:
     """One rank of a run."""
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -88,6 +103,8 @@ def work(job: dict[str, Any], rank: int) -> NoReturn:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]))
         os.environ.update(LOCAL_WORLD_SIZE=str(job["ranks"]))
     torch.set_num_threads(1)
+    if "LOCAL_WORLD_SIZE" not in job["environment"]:  # a launched run takes all cores where its user named no number
+        cpu._threads = lambda processes: 1  # threads of models so small only wait for each other
     code = 1
     try:
         record_pairs(f"{job['pairs']}-{rank}")
@@ -95,9 +112,7 @@ def work(job: dict[str, Any], rank: int) -> NoReturn:
             set_bomb(job["bomb"])
         if job["forgets"]:
             forget(job["forgets"])
-        with Ending() as ending:
-            ending.code = run(load_config(job["flags"]), ends_process=True)
-        code = ending.code
+        code = run(job["program"], job["flags"])
         if rank == 0:
             IMPORTED.write_text("\n".join(sys.modules), "utf-8")
     except BaseException:
@@ -123,7 +138,9 @@ def run_job(job: dict[str, Any]) -> list[int]:
     for rank in range(job["ranks"]):
         if (pid := os.fork()) == 0:
             work(job, rank)
+        os.setpgid(pid, pid)
         ranks[pid] = rank
+    answer(json.dumps(list(ranks)))
     codes = [0] * job["ranks"]
     while ranks:
         pid, status = os.wait()
