@@ -93,9 +93,11 @@ class Forks:
             text=True,
         )
 
-    def run(self, flags: list[str], directory: Path, engine: str | None = None, **options: Any) -> list[int]:
+    def run(
+        self, flags: list[str], directory: Path, engine: str | None = None, bomb: Bomb | None = None, **options: Any
+    ) -> list[int]:
         """Exit codes of a run's ranks; see `start`."""
-        return self.start(flags, directory, engine, **options).wait()
+        return self.start(flags, directory, engine, bomb, **options).wait()
 
     def start(
         self,
