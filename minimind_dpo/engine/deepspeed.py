@@ -27,7 +27,14 @@ from minimind_dpo.engine.optimizers import keep_reference, move_reference, set_s
 from minimind_dpo.engine.protocol import trained_parameters
 from minimind_dpo.engine.rounding import RoundedParts
 from minimind_dpo.engine.sharding import full_shape
-from minimind_dpo.engine.zero import frozen_config, held_part, loss_scaler, mark_expert_blocks, refresh_weights
+from minimind_dpo.engine.zero import (
+    frozen_config,
+    held_part,
+    limit_waiting,
+    loss_scaler,
+    mark_expert_blocks,
+    refresh_weights,
+)
 from minimind_dpo.errors import UserError
 
 # DeepSpeed's name of what the training configuration says, and its name there
@@ -52,7 +59,7 @@ class DeepSpeed(Launched):
         self.gathers_weights: bool = self._plugin.zero_stage == 3
         self.weights_dtype = HALF_TYPES.get(self.precision)
         self._rounded: RoundedParts | None = None
-        self._steps = 0
+        self._steps, self._patience = 0, config.ddp_timeout
         if self.precision == "fp16" and not get_accelerator().is_fp16_supported():
             raise UserError(
                 "--mixed_precision fp16: DeepSpeed finds no fp16 arithmetic in this device; use bf16, or no DeepSpeed"
@@ -91,6 +98,7 @@ class DeepSpeed(Launched):
             scorer.to(self.device)
         self._scorer, prepared = self._accelerator.prepare(scorer, optimizer)
         self._engine: Any = self._accelerator.deepspeed_engine_wrapped.engine  # type: ignore[union-attr]
+        limit_waiting(self._engine, self._patience)
         if self.weights_dtype is not None and weight_rounding != "nearest":
             self._rounded = RoundedParts(self._adamw, self._held_parts(), self.weights_dtype, weight_rounding)
         return self._scorer, prepared

@@ -5,12 +5,14 @@ ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054.
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
 from deepspeed import comm
 from deepspeed.utils import set_z3_leaf_module
 from torch import nn
+from torch.distributed import distributed_c10d
 
 from minimind_dpo.engine.fragments import HeldPart
 from minimind_dpo.engine.sharding import is_partitioned
@@ -78,3 +80,12 @@ def mark_expert_blocks(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(getattr(module, "experts", None), nn.ModuleList):
             set_z3_leaf_module(module, True)
+
+
+def limit_waiting(engine: Any, seconds: float) -> None:
+    """Have ranks wait for each other in DeepSpeed's own group as long as in the run's.
+
+    It is a copy of the run's that DeepSpeed makes with torch's default, half an hour, and gradients are summed in it: a
+    rank that hangs in a step would be waited for that long. torch has no public name for this.
+    """
+    distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), engine.seq_data_parallel_group)

@@ -37,7 +37,7 @@ def scenario(request: pytest.FixtureRequest, record_property: Callable[[str, obj
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Count the reports of all workers and write the table."""
     target = os.environ.get("FAULTS_TABLE")
-    if not target:
+    if not target or "PYTEST_XDIST_WORKER" in os.environ:  # which knows of its own tests only
         return
     counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
     for outcome in ("passed", "failed"):
