@@ -35,8 +35,9 @@ def check_targets(summary: dict[str, Any], mix: str, batch: int, default_model: 
 
 
 def _fastest(seconds: dict[str, float], live: bool) -> str:
-    """The TRL contestant with the fewest seconds a pair."""
-    names = [name for name in seconds if name.startswith("trl") and name.endswith("_live") == live]
+    """The TRL contestant with the fewest seconds a pair, in fp32 as ours is."""
+    peers = [name for name in seconds if name.startswith("trl") and "_bf16" not in name]
+    names = [name for name in peers if name.endswith("_live") == live]
     return min(names, key=seconds.__getitem__, default="trl_live" if live else "trl")
 
 
