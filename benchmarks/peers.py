@@ -19,6 +19,7 @@ import math
 import os
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def contest(name: str, job: Job, gate: Gate) -> None:
     """Train as contestant `name` until the gate ends the process."""
     os.environ["MINIMIND_DPO_CACHE"] = str(Path(job.scratch) / "cache")
     torch.set_num_threads(job.threads)
+    job = replace(job, bf16=job.bf16 or "_bf16" in name)
     kind = name.split("_")[0]
     {"ours": ours, "trl": trl, "naive": naive, "minimind": minimind}[kind](name, job, gate)
 
@@ -67,7 +69,7 @@ def ours(name: str, job: Job, gate: Gate) -> None:
 
 def built(name: str, job: Job) -> Any:
     """The product's run of a contestant, before its first step."""
-    if "_bf16" in name:
+    if job.bf16:
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     from minimind_dpo.config import make_config
     from minimind_dpo.ending import StopRequest
@@ -149,7 +151,7 @@ def trl(name: str, job: Job, gate: Gate) -> None:
     args = DPOConfig(
         output_dir=str(Path(job.scratch) / name),
         use_cpu=job.device == "cpu",
-        bf16=job.bf16 or "_bf16" in name,
+        bf16=job.bf16,
         gradient_checkpointing=False,
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=job.batch // micro_batch,

@@ -60,7 +60,8 @@ class PairLengths:
 class Job:
     """What every contestant is told: paths, pairs an optimizer step and a micro-batch, steps of each window.
 
-    `device` and `bf16` are for those that take them; the product asks its launcher.
+    `device` is for those that take it; the product asks its launcher. `bf16` is autocast over fp32 weights, which
+    `_bf16` in a contestant's name asks for too.
     """
 
     model: str

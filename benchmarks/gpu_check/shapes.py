@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -69,9 +67,3 @@ def make_job(name: str, place: Place) -> tuple[Job, list[PairLengths]]:
         device=place.device,
         bf16=not place.rehearses,
     ), lengths
-
-
-def in_half_precision(place: Place) -> None:
-    """Have runs that this process builds compute in bf16, as under the launcher; a rehearsal's stay in fp32."""
-    if not place.rehearses:
-        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"

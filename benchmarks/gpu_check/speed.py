@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.gpu_check.demo import LN2
 from benchmarks.gpu_check.notes import Notes, Place
-from benchmarks.gpu_check.shapes import SHAPES, TIMED, WARM_UP, in_half_precision, make_job
+from benchmarks.gpu_check.shapes import SHAPES, TIMED, WARM_UP, make_job
 from benchmarks.gpu_check.timing import rounded, wait
 from benchmarks.padded import naive_losses
 from benchmarks.peers import built
@@ -47,7 +47,6 @@ APART = 0.02  # relative, of mean log-probabilities in bf16
 
 def run(notes: Notes, place: Place) -> None:
     """A row of figures a contestant, and the factors between them, a shape at a time."""
-    in_half_precision(place)
     ceiling = place.found("machine").get("bf16 TFLOP/s")
     for shape in ["tiny"] if place.rehearses else SHAPES:
         job, lengths = make_job(shape, place)

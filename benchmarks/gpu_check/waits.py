@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu_check.notes import Notes, Place
-from benchmarks.gpu_check.shapes import WARM_UP, in_half_precision, make_job
+from benchmarks.gpu_check.shapes import WARM_UP, make_job
 from benchmarks.peers import built
 from minimind_dpo.training.batches import LoadedStep
 from minimind_dpo.training.step import optimizer_step
@@ -41,7 +41,6 @@ def unwaited() -> Iterator[None]:
 
 def run(notes: Notes, place: Place) -> None:
     """A step with each kind of reference, after some that may wait: allocators and libraries start then."""
-    in_half_precision(place)
     job, _ = make_job("tiny" if place.rehearses else "26m", place)
     for name in ("ours_live", "ours_cached"):
         training = built(name, job)
