@@ -23,11 +23,16 @@ ANYWHERE = [
 AMID_STEPS = [Bomb("training.step", "score_batch", 3, "after", rank, STOP) for rank in (0, 1)]
 
 
-@pytest.mark.faults
+def marks(engine: str, bomb: Bomb) -> list[pytest.MarkDecorator]:
+    """One try is a quick one: DeepSpeed's own group waits by another clock than the run's unless it is told."""
+    quick = engine == "ds_zero2_cpu" and bomb.rank == 0
+    return [group(engine)] if quick else [group(engine), pytest.mark.faults]
+
+
 @pytest.mark.parametrize(
     ("engine", "bomb"),
     [
-        pytest.param(engine, bomb, id=f"{engine}: {bomb}, {bomb.rank}", marks=group(engine))
+        pytest.param(engine, bomb, id=f"{engine}: {bomb}, {bomb.rank}", marks=marks(engine, bomb))
         for engine in ("multi_cpu", "ds_zero2_cpu", "ds_zero3_cpu")
         for bomb in [*AMID_STEPS, *(ANYWHERE if engine == "multi_cpu" else [])]
     ],
