@@ -72,10 +72,8 @@ _FP32_WITHIN = 1e-3  # relative and absolute
 
 # What a model raises that was handed inputs, or an attention, which it knows nothing of.
 _REFUSALS = (TypeError, ValueError, NotImplementedError, RuntimeError, IndexError, AttributeError)
-_KERNELS = {
-    module.__file__
-    for module in (attention, attention_blocks, attention_cpu, attention_gpu, fusing, head, nodes, nodes_gpu, patch)
-} | {products.__file__}
+_OWN = (attention, attention_blocks, attention_cpu, attention_gpu, fusing, head, nodes, nodes_gpu, patch, products)
+_KERNELS = {module.__file__ for module in _OWN}
 _TORCH = str(Path(torch.__file__).parent)
 
 

@@ -2,8 +2,8 @@
 
 Flash attention takes half precision on GPUs from Ampere on. The memory-efficient kernels take fp32, older GPUs and
 other sizes of heads, but want as many heads of keys as of queries. Both take cumulative lengths, and their causal masks
-are bottom-right, which is what a branch needs. torch has no stable function for either; the operators' schemas are what
-`tests/gpu_free` holds them to, for each torch that is allowed.
+are bottom-right, which is what a branch needs. torch has no stable function for either, so a kernel is taken only where
+the installed torch's schema is the one known here.
 
 A position's key is in at most two branches, so whatever order its two gradients are added in, their sum is the same.
 """

@@ -116,8 +116,7 @@ def _is_silu(activation: Any) -> bool:
 
 def _rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
     if transfer.on_gpu(hidden_states):
-        dtype = torch.promote_types(hidden_states.dtype, self.weight.dtype)
-        return nodes_gpu.rms_norm(hidden_states, self.weight, self.variance_epsilon, dtype)
+        return _gpu_rms_norm(self, hidden_states)
     if self.weight.dtype != torch.float32:
         return type(self).forward(self, hidden_states)  # which decides where to round
     return rms_norm(hidden_states, self.weight, self.variance_epsilon)
@@ -126,12 +125,16 @@ def _rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
 def _rms_norm_before_linear(self: Any, hidden_states: Tensor) -> Tensor:
     """Rounded once under autocast, where each linear layer would round, and keep, the norm's output for itself."""
     if transfer.on_gpu(hidden_states):
-        dtype = torch.promote_types(hidden_states.dtype, self.weight.dtype)
-        dtype = product_type(hidden_states) if torch.is_autocast_enabled("cuda") else dtype
-        return nodes_gpu.rms_norm(hidden_states, self.weight, self.variance_epsilon, dtype)
+        rounded = product_type(hidden_states) if torch.is_autocast_enabled("cuda") else None
+        return _gpu_rms_norm(self, hidden_states, rounded)
     if self.weight.dtype != torch.float32:
         return type(self).forward(self, hidden_states)
     return rms_norm(hidden_states, self.weight, self.variance_epsilon, product_type(hidden_states))
+
+
+def _gpu_rms_norm(self: Any, hidden_states: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    dtype = dtype or torch.promote_types(hidden_states.dtype, self.weight.dtype)
+    return nodes_gpu.rms_norm(hidden_states, self.weight, self.variance_epsilon, dtype)
 
 
 def _swiglu_mlp(self: Any, x: Tensor) -> Tensor:
