@@ -158,9 +158,17 @@ def test_head_that_is_no_plain_linear_layer_is_left_alone() -> None:
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 3)])
 @pytest.mark.parametrize(("block", "kept_keys"), [(128, 512), (3, 512), (3, 0), (2, 5)])
+@pytest.mark.parametrize("library", ["torch", "onednn"])
 def test_attention_on_the_cpu_is_that_of_each_branch_on_its_own(
-    monkeypatch: pytest.MonkeyPatch, block: int, kept_keys: int, heads: tuple[int, int], window: int | None
+    monkeypatch: pytest.MonkeyPatch,
+    library: str,
+    block: int,
+    kept_keys: int,
+    heads: tuple[int, int],
+    window: int | None,
 ) -> None:
+    monkeypatch.setattr(attention_cpu, "LARGE", 150)  # of some blocks oneDNN makes the products, of others not
+    monkeypatch.setattr(attention_cpu, "FILLED", 8)
     monkeypatch.setattr(attention_cpu, "BLOCK", block)
     monkeypatch.setattr(attention_cpu, "KEPT_KEYS", kept_keys)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # three products are then two and one
@@ -169,19 +177,21 @@ def test_attention_on_the_cpu_is_that_of_each_branch_on_its_own(
     arguments = (*leaves, SEGMENTS, 0.3, window)
     plain = attention.sdpa_attention(*arguments)
     expected = [plain, *_gradients(plain, leaves)]
-    output = attention_cpu.CpuPairAttention.apply(*arguments)
+    output = attention_cpu.CpuPairAttention.apply(*arguments, None, library)
     _close([output, *_gradients(output, leaves)], expected)
 
 
 @pytest.mark.parametrize("block", [128, 3])
-def test_attention_of_wanted_queries(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+@pytest.mark.parametrize("library", ["torch", "onednn"])
+def test_attention_of_wanted_queries(monkeypatch: pytest.MonkeyPatch, library: str, block: int) -> None:
+    monkeypatch.setattr(attention_cpu, "LARGE", 150)
     monkeypatch.setattr(attention_cpu, "BLOCK", block)
     length = SEGMENTS[-1].start + SEGMENTS[-1].length
     leaves = _leaves((1, 4, length, 8), (1, 2, length, 8), (1, 2, length, 8))
     wanted = (4, 6, 7, 10, 21, 22, 30)  # none of the second pair, of the third none of the rejected branch's first ones
     arguments = (*leaves, SEGMENTS, None, None)
     whole = attention_cpu.CpuPairAttention.apply(*arguments)[:, wanted]
-    output = attention_cpu.CpuPairAttention.apply(*arguments, wanted)
+    output = attention_cpu.CpuPairAttention.apply(*arguments, wanted, library)
     assert output[:, :4].count_nonzero() == output[:, 12:21].count_nonzero() == 0
     _close([output[:, wanted], *_gradients(output[:, wanted], leaves)], [whole, *_gradients(whole, leaves)])
     assert sum(block.end - block.start for block in attention_cpu.query_blocks(SEGMENTS, wanted)) == 4 + 2 + 2 + 2

@@ -232,6 +232,36 @@ def test_torch_s_own_bits(calls: list[Any]) -> None:
     assert torch.equal(ours[2], grad.t() @ hidden.detach())
 
 
+def test_attention_s_larger_products(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two forward, five backward of each key head of a block with 2^22 multiplications or more, filled up to 64."""
+    monkeypatch.setattr(attention_cpu, "product", lambda left, right: products.product(left, right))
+    generator = torch.Generator().manual_seed(0)
+    # blocks of 120, 120, 120 queries that see 120, 240, 360 keys, and of 30 that see 330
+    segments = (PairSegment(0, 300, 60, 30),)
+    states = [torch.randn(1, heads, 390, 32, generator=generator).requires_grad_() for heads in (4, 2, 2)]
+    monkeypatch.setattr(attention_cpu, "LARGE", 240 * 240 * 32)
+    output = {}
+    for library in ("torch", "onednn"):
+        attended, _ = pair_attention(None, *states, None, pair_segments=segments, library=library)
+        output[library] = [attended, *torch.autograd.grad(attended.square().sum(), states)]
+    for ours, theirs in zip(output["onednn"], output["torch"], strict=True):
+        assert distance(ours, theirs) <= 1e-6
+    # rows, inner size, columns: scores, outputs; then of weights, scores, queries, keys, values
+    assert set(calls) == {shape for keys in (256, 384) for shape in ((256, 32, keys), (256, keys, 32), (keys, 256, 32))}
+    assert len(calls) == 2 * 2 * (2 + 4)
+
+
+def test_a_run_s_attention_is_told_of_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    original = attention_cpu.CpuPairAttention.apply
+    monkeypatch.setattr(
+        attention_cpu.CpuPairAttention, "apply", lambda *given: (told.append(given[-1]), original(*given))[1]
+    )
+    for library in ("onednn", "torch"):
+        scored(tiny_model("llama"), library)
+    assert told == ["onednn"] * 2 + ["torch"] * 2
+
+
 def test_half_precision_is_left_to_autocast(calls: list[Any]) -> None:
     model = tiny_model("llama")
     ours, theirs = scored(model, "onednn", half=True), scored(model, "torch", half=True)

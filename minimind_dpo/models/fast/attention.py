@@ -26,6 +26,7 @@ from minimind_dpo.models.fast.attention_blocks import banded_mask, pair_branches
 from minimind_dpo.models.fast.attention_cpu import CpuPairAttention
 from minimind_dpo.models.fast.attention_gpu import Scores, kernel_for, varlen_attention
 from minimind_dpo.models.fast.precision import autocast
+from minimind_dpo.models.fast.products import TORCH
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ def pair_attention(
     pair_segments: Sequence[PairSegment] | None = None,
     branch_plan: BranchPlan | None = None,
     sliding_window: int | None = None,
+    library: str = TORCH,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each packed pair.
@@ -56,6 +58,7 @@ def pair_attention(
         pair_segments: where the pairs lie in T.
         branch_plan: the same for a GPU's kernels, on the GPU; without it there is SDPA.
         sliding_window: positions a query sees, itself included; None sees all.
+        library: for products of fp32 on the CPU (`models/fast/products.py`).
 
     Returns:
         [1, T, heads, head_dim] and no weights.
@@ -66,13 +69,10 @@ def pair_attention(
     """
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise NotImplementedError("soft-capped scores and attention sinks have no packed form")
-    if pair_segments is None:
-        raise NotImplementedError("the model does not tell its attention where the pairs lie")
-    segments = tuple(pair_segments)
-    _check_row(query, key, value, segments[-1].start + segments[-1].length)
+    segments = _checked(pair_segments, query, key, value)
     query, key, value = autocast(query, key, value)
     if query.device.type == "cpu" and not dropout and not transfer.on_gpu(query):
-        return _cpu_attention(module, (query, key, value), segments, scaling, sliding_window), None
+        return _cpu_attention(module, (query, key, value), library, segments, scaling, sliding_window), None
     if branch_plan is not None and not dropout:
         narrow = sliding_window is not None and sliding_window < branch_plan.longest_key
         scores = Scores(branch_plan, scaling, sliding_window if narrow else None)
@@ -88,20 +88,25 @@ def _say(how: str) -> None:
     logger.info("attention over packed pairs: %s", how)
 
 
-def _cpu_attention(module: nn.Module, states: tuple[Tensor, ...], *arguments: Any) -> Tensor:
+def _cpu_attention(module: nn.Module, states: tuple[Tensor, ...], library: str, *arguments: Any) -> Tensor:
     _say("on the CPU, a pair at a time")
     rows, dtype = getattr(module, "wanted_rows", None), states[0].dtype
     wanted = None if rows is None else tuple(rows.tolist())
     if not (dtype == torch.bfloat16 and has_bf16_units()):
         states = tuple(state.float() for state in states)
     with torch.autocast("cpu", enabled=False):
-        return CpuPairAttention.apply(*states, *arguments, wanted).to(dtype)
+        return CpuPairAttention.apply(*states, *arguments, wanted, library).to(dtype)
 
 
-def _check_row(query: Tensor, key: Tensor, value: Tensor, length: int) -> None:
-    """Refuse states that are not those of one row of `length` positions."""
-    if not query.shape[::2] == key.shape[::2] == value.shape[::2] == (1, length):
-        raise NotImplementedError(f"queries {list(query.shape)} and keys {list(key.shape)} are not one row of {length}")
+def _checked(segments: Sequence[PairSegment] | None, *states: Tensor) -> tuple[PairSegment, ...]:
+    """The segments, unless the states [1, heads, T, D] are not those of their row."""
+    if segments is None:
+        raise NotImplementedError("the model does not tell its attention where the pairs lie")
+    length = segments[-1].start + segments[-1].length
+    if any(state.shape[::2] != (1, length) for state in states):
+        shapes = " and ".join(str(list(state.shape)) for state in states[:2])
+        raise NotImplementedError(f"queries and keys {shapes} are not one row of {length}")
+    return tuple(segments)
 
 
 def _mask(query: Tensor, key: Tensor, window: int | None) -> Tensor | None:

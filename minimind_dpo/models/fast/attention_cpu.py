@@ -6,8 +6,11 @@ are computed inside a block only, and the softmax is kept while it is small.
 
 In half precision the forward pass is that of fp32, and what it keeps is rounded, as are the products of the backward
 pass: scores rounded to bf16 would make the softmax four times as wrong as SDPA's, since torch has no product of bf16
-matrices on the CPU that gives fp32. oneDNN, which makes bf16 products, builds a kernel for each shape that it meets,
-which takes as long as seven of these products; so blocks are filled up with zeros to few shapes there.
+matrices on the CPU that gives fp32.
+
+oneDNN makes the products of bf16, and under `matmul: onednn` those of fp32 that are large enough to gain by it. It
+builds a kernel for each shape that it meets, which takes as long as seven of these products; so what it multiplies is
+filled up to few shapes.
 """
 
 from __future__ import annotations
@@ -23,10 +26,14 @@ from torch import Tensor
 
 from minimind_dpo.data.batch import PairSegment
 from minimind_dpo.models.fast.attention_blocks import QueryBlock, banded_mask, pair_branches, visible_states
+from minimind_dpo.models.fast.products import ONEDNN, TORCH, product
 
 BLOCK = 128  # queries at a time; fewer make products too small, more compute too many hidden scores
 KEPT_KEYS = 384  # the softmax of queries that see more keys is computed again: it would outgrow the other activations
-FILLED = 64  # in half precision rows and keys of a block are a multiple of it
+FILLED = 64  # rows and keys of a block are a multiple of it where oneDNN multiplies them
+# Multiplications of a head's fp32 product from which on oneDNN makes it: one call takes it some 40 microseconds longer
+# than torch.bmm, which it gains back on this many where it is twice as fast, as on a Zen 5.
+LARGE = 1 << 22
 
 
 class CpuPairAttention(torch.autograd.Function):
@@ -46,25 +53,32 @@ class CpuPairAttention(torch.autograd.Function):
         scaling: float | None,
         window: int | None,
         wanted: Sequence[int] | None = None,
+        library: str = TORCH,
     ) -> Tensor:
         """Outputs [1, T, heads, head_dim]; arguments of `pair_attention`.
 
         Args:
             wanted: ascending positions whose outputs are used (None: all). What lies before a branch's first one is
                 left out and becomes 0, in the gradient too.
+            library: for products of fp32.
         """
         scaling = query.shape[3] ** -0.5 if scaling is None else scaling
         group = query.shape[1] // key.shape[1]
-        queries, keys, values = _rows(query.float(), group).mul_(scaling), key.float(), value.float()
-        output = (queries.new_empty if wanted is None else queries.new_zeros)(*queries.shape[:2], value.shape[3])
+        spare = FILLED if library == ONEDNN else 0
+        queries = _rows(query.float(), group, spare).mul_(scaling)
+        keys, values = _spared(key.float(), spare), _spared(value.float(), spare)
+        make = queries.new_empty if wanted is None else queries.new_zeros
+        output = make(len(queries), query.shape[2] * group, value.shape[3])
         kept = []
         for block in query_blocks(segments, wanted):
-            rows = slice(block.start * group, block.end * group)
-            weights = _weights(queries[:, rows], visible_states(keys, block)[0], block, window)
-            output[:, rows] = _product(weights, visible_states(values, block)[0])
+            rows, by = slice(block.start * group, block.end * group), _by(library, block, queries, group)
+            weights = _weights(queries, keys, block, group, window, by)
+            _, wide, fill = _widened(block, group, by)
+            outputs = _product(_filled(weights, fill), visible_states(values, wide), by)
+            output[:, rows] = outputs[:, : weights.shape[1]]
             kept.append(weights.to(query.dtype) if any(ctx.needs_input_grad) and keeps_weights(block) else None)
         ctx.save_for_backward(query, key, value, *kept)
-        ctx.segments, ctx.scaling, ctx.window, ctx.wanted = segments, scaling, window, wanted
+        ctx.segments, ctx.scaling, ctx.window, ctx.wanted, ctx.library = segments, scaling, window, wanted, library
         return _positions(output.to(query.dtype), group)
 
     @staticmethod
@@ -73,31 +87,31 @@ class CpuPairAttention(torch.autograd.Function):
         query, key, value, *kept = ctx.saved_tensors
         group = query.shape[1] // key.shape[1]
         half = query.dtype != torch.float32
-        spare = FILLED if half else 0
-        scaled = _rows(query.float(), group).mul_(ctx.scaling)
+        spare = FILLED if half or ctx.library == ONEDNN else 0
+        scaled = _rows(query.float(), group, spare).mul_(ctx.scaling)
         grads = _rows(grad_output.transpose(1, 2), group, spare)
         queries = _rows(query, group, spare) if half else scaled  # scaled ones would be rounded once more
-        grad_queries = (torch.empty_like if ctx.wanted is None else torch.zeros_like)(scaled, dtype=query.dtype)
+        make = query.new_empty if ctx.wanted is None else query.new_zeros
+        grad_queries = make(len(scaled), query.shape[2] * group, query.shape[3])
         grad_key, grad_value = (torch.zeros_like(states, dtype=torch.float32) for states in (key, value))
-        keys, values = (F.pad(states, (0, 0, 0, spare))[0] if half else states[0] for states in (key, value))
+        keys, values = _spared(key, spare), _spared(value, spare)
         for block, weights in zip(query_blocks(ctx.segments, ctx.wanted), kept, strict=True):
-            rows = slice(block.start * group, block.end * group)
+            rows, by = slice(block.start * group, block.end * group), _by(ctx.library, block, scaled, group)
             if weights is None:
-                weights = _weights(scaled[:, rows], visible_states(key, block)[0].float(), block, ctx.window)
-            weights = _filled(weights.to(query.dtype)) if half else weights
+                weights = _weights(scaled, keys, block, group, ctx.window, by)
+            own, wide, fill = _widened(block, group, ONEDNN if half else by)
             # what is filled up meets the neighbours' rows and keys, with weights of zero
-            wide = block._replace(end=block.end + weights.shape[2] - block.keys)
-            own = slice(rows.start, rows.start + weights.shape[1])
+            weights = _filled(weights.to(query.dtype), fill)
             grad, seen = grads[:, own], visible_states(keys, wide)
-            grad_weights = _product(grad, visible_states(values, wide).mT)
+            grad_weights = _product(grad, visible_states(values, wide).mT, by)
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grad_queries[:, rows] = _product(grad_scores, seen)[:, : rows.stop - rows.start]
-            _add(grad_key[0], block, _product(grad_scores.mT, queries[:, own]))
-            _add(grad_value[0], block, _product(weights.mT, grad))
+            grad_queries[:, rows] = _product(grad_scores, seen, by)[:, : rows.stop - rows.start]
+            _add(grad_key[0], block, _product(grad_scores.mT, queries[:, own], by))
+            _add(grad_value[0], block, _product(weights.mT, grad, by))
         if half:
             grad_key.mul_(ctx.scaling)
         grad_query = _positions(grad_queries.mul_(ctx.scaling), group).transpose(1, 2)
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None, None
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), *[None] * 5
 
 
 def query_blocks(segments: Sequence[PairSegment], wanted: Sequence[int] | None = None) -> Iterator[QueryBlock]:
@@ -120,10 +134,30 @@ def keeps_weights(block: QueryBlock) -> bool:
     return block.keys <= KEPT_KEYS
 
 
-def _filled(weights: Tensor) -> Tensor:
-    """[key heads, rows, K] filled up with zeros to multiples of `FILLED`."""
-    _, rows, keys = weights.shape
-    return F.pad(weights, (0, -keys % FILLED, 0, -rows % FILLED))
+def _by(library: str, block: QueryBlock, queries: Tensor, group: int) -> str:
+    """The library for a block's products of fp32."""
+    large = (block.end - block.start) * group * block.keys * queries.shape[2] >= LARGE
+    return library if large else TORCH
+
+
+def _widened(block: QueryBlock, group: int, by: str) -> tuple[slice, QueryBlock, tuple[int, int]]:
+    """For products by oneDNN a block's rows with those that fill it up, the block with such keys, and how many of both.
+
+    For products by torch the block as it is.
+    """
+    first, end = block.start * group, block.end * group
+    rows, keys = (-(end - first) % FILLED, -block.keys % FILLED) if by == ONEDNN else (0, 0)
+    return slice(first, end + rows), block._replace(end=block.end + keys), (rows, keys)
+
+
+def _filled(weights: Tensor, fill: tuple[int, int]) -> Tensor:
+    """[key heads, rows, K] with so many rows and keys of zeros more."""
+    return F.pad(weights, (0, fill[1], 0, fill[0])) if any(fill) else weights
+
+
+def _spared(states: Tensor, spare: int) -> Tensor:
+    """[1, key heads, T, D] as [key heads, T, D], with so many spare positions of zeros at its end."""
+    return F.pad(states[0], (0, 0, 0, spare)) if spare else states[0]
 
 
 def _rows(states: Tensor, group: int, spare: int = 0) -> Tensor:
@@ -145,10 +179,11 @@ def _positions(rows: Tensor, group: int) -> Tensor:
     return states.clone(memory_format=torch.contiguous_format).flatten(1, 2)[None]
 
 
-def _weights(queries: Tensor, keys: Tensor, block: QueryBlock, window: int | None) -> Tensor:
-    """softmax(Q K^T + mask) [key heads, rows, K] of scaled queries."""
-    scores = _product(queries, keys.mT)
+def _weights(queries: Tensor, keys: Tensor, block: QueryBlock, group: int, window: int | None, by: str) -> Tensor:
+    """softmax(Q K^T + mask) [key heads, rows, K] of a block, from the scaled queries and the keys of the whole row."""
     count = block.end - block.start
+    rows, wide, _ = _widened(block, group, by)
+    scores = _product(queries[:, rows], visible_states(keys, wide).float().mT, by)[:, : count * group, : block.keys]
     if window is None or window >= block.keys:  # every query sees all that lies before its block
         hidden = _upper_triangle(count)
     else:
@@ -157,14 +192,16 @@ def _weights(queries: Tensor, keys: Tensor, block: QueryBlock, window: int | Non
     return scores.softmax(dim=-1)
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right of [key heads, rows, n] and [key heads, n, columns].
+def _product(left: Tensor, right: Tensor, by: str) -> Tensor:
+    """left @ right of [key heads, rows, n] and [key heads, n, columns]; those of fp32 by a library.
 
-    MKL, for fp32, gives whole products of a batch to threads. Those that do not divide evenly are made one by one, each
-    by all threads: three products on two threads take a quarter less time.
+    MKL, torch's for fp32, gives whole products of a batch to threads. Those that do not divide evenly are made one by
+    one, each by all threads: three products on two threads take a quarter less time.
     """
     if left.dtype != torch.float32:
         return torch.bmm(_whole(left), _whole(right))
+    if by == ONEDNN:
+        return torch.stack([product(*factors) for factors in zip(left, right.mT, strict=True)])
     count, threads = len(left), torch.get_num_threads()
     even = count - count % threads
     if even in (0, count):

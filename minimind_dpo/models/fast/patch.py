@@ -20,11 +20,13 @@ from minimind_dpo.models.fast.attention import pair_attention
 from minimind_dpo.models.fast.fusing import fused_forwards, widened_forwards
 from minimind_dpo.models.fast.half import shadowed
 from minimind_dpo.models.fast.head import token_logps, token_logps_and_squares
-from minimind_dpo.models.fast.products import TORCH, linear, linear_forwards
+from minimind_dpo.models.fast.products import ONEDNN, TORCH, linear, linear_forwards
 from minimind_dpo.models.fast.rotary import length_dependent, rows_apart
 
 PAIR_ATTENTION = "minimind_dpo_pairs"
-AttentionInterface.register(PAIR_ATTENTION, pair_attention)  # one more choice; a model has to name it to get it
+PAIR_ATTENTIONS = {TORCH: PAIR_ATTENTION, ONEDNN: f"{PAIR_ATTENTION}_{ONEDNN}"}
+for _library, _name in PAIR_ATTENTIONS.items():  # more choices; a model has to name one to get it
+    AttentionInterface.register(_name, partial(pair_attention, library=_library))
 
 _ABSENT = object()
 
@@ -91,7 +93,8 @@ class Patch:
         for module in self.length_dependent if lengths else ():
             changes.append((module, _forward_name(module), partial(rows_apart, module, _forward(module), lengths)))
         if packed:
-            changes += [(config, "_attn_implementation_internal", PAIR_ATTENTION) for config in self._configs]
+            attention = PAIR_ATTENTIONS[self._library]
+            changes += [(config, "_attn_implementation_internal", attention) for config in self._configs]
         if wanted is not None and self._last_layer is not None:
             changes += self._restricted(self._last_layer, wanted)
         if self.head is not None:
