@@ -43,9 +43,11 @@ _MARK = "@NUMBER@"
 
 
 def lines(count: int, tokenizer: Any, share: float) -> Iterator[str]:
-    """Rows as JSON lines, no two alike."""
+    """Rows as JSON lines, no two alike, and no two sides: answers of a word or two would meet by chance."""
     bases = []
-    for row in rows(min(count, _BASES), tokenizer, share=share):
+    wanted = min(count, _BASES)
+    differing = (row for row in rows(2 * wanted, tokenizer, share=share) if row["chosen"] != row["rejected"])
+    for row in islice(differing, wanted):
         for side in row.values():
             side[0] = side[0] | {"content": f"{side[0]['content']} {_MARK}"}
         bases.append(json.dumps(row))

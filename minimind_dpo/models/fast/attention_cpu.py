@@ -32,8 +32,8 @@ BLOCK = 128  # queries at a time; fewer make products too small, more compute to
 KEPT_KEYS = 384  # the softmax of queries that see more keys is computed again: it would outgrow the other activations
 FILLED = 64  # rows and keys of a block are a multiple of it where oneDNN multiplies them
 # Multiplications of a head's fp32 product from which on oneDNN makes it: one call takes it some 40 microseconds longer
-# than torch.bmm, which it gains back on this many where it is twice as fast, as on a Zen 5.
-LARGE = 1 << 22
+# than torch.bmm, which is half of what it gains on this many where it is twice as fast, as on a Zen 5.
+LARGE = 1 << 23
 
 
 class CpuPairAttention(torch.autograd.Function):
