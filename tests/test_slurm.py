@@ -42,7 +42,9 @@ def undisturbed(cluster: Cluster, inputs: Inputs, tmp_path_factory: pytest.TempP
             script = "train" if accelerate == "ds_zero3_cpu" else "train_cpu"
             number = cluster.submit(accelerate, config(inputs, directory), script=script)
             job = cluster.wait_for(number, "COMPLETED", "FAILED")
-            assert job.state == "COMPLETED" and job.restarts == 0, cluster.logs(number)
+            # somebody else may take the port between its choice and its use: then the job is queued again by itself
+            undisturbed = job.restarts == 0 or "another process is utilizing it" in cluster.logs(number)
+            assert job.state == "COMPLETED" and undisturbed, cluster.logs(number)
             made[accelerate] = directory / "run"
         return made[accelerate]
 
