@@ -8,6 +8,7 @@ import sys
 from minimind_dpo import __version__
 from minimind_dpo.ending import Ending
 from minimind_dpo.errors import EXIT_DONE, EXIT_USAGE
+from minimind_dpo.launch.verbs import launched
 
 # verb -> (module, function of the remaining arguments, one line of help)
 VERBS = {
@@ -29,7 +30,10 @@ def main(argv: list[str] | None = None) -> int:
         if verb in VERBS:
             module, function, _ = VERBS[verb]
             with Ending() as ending:
-                ending.code = getattr(importlib.import_module(module), function)(arguments[words:])
+                code = launched(verb, arguments[words:])
+                if code is None:
+                    code = getattr(importlib.import_module(module), function)(arguments[words:])
+                ending.code = code
             return ending.code
     if arguments[:1] in (["-h"], ["--help"]):
         print(_help())

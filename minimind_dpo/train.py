@@ -14,6 +14,7 @@ from typing import Any
 from minimind_dpo.config import TrainConfig, as_told, load_config, make_config
 from minimind_dpo.ending import Ending
 from minimind_dpo.errors import EXIT_DONE, EXIT_STOPPED, StoppedEarly
+from minimind_dpo.launch.verbs import launched
 
 
 def train_dpo(config: TrainConfig) -> dict[str, Any]:
@@ -77,5 +78,6 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     with Ending() as ending:
-        ending.code = main(sys.argv[1:])
+        code = launched("train", sys.argv[1:])
+        ending.code = main(sys.argv[1:]) if code is None else code
     sys.exit(ending.code)

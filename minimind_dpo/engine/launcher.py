@@ -79,5 +79,5 @@ def _check_devices() -> None:
     if local_ranks > torch.accelerator.device_count():
         raise UserError(
             f"the launcher starts {local_ranks} processes on this machine, which has "
-            f"{torch.accelerator.device_count()} GPU(s): add --num_processes to `accelerate launch`"
+            f"{torch.accelerator.device_count()} GPU(s): say how many with --num_processes"
         )

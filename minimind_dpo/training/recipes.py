@@ -30,8 +30,8 @@ def name_recipe(config: TrainConfig, model: PreTrainedModel) -> None:
     if is_raw_weights(Path(config.model_name_or_path).expanduser()) and model.config.model_type in _RECIPES:
         generation, original, learns = _RECIPES[model.config.model_type]
         logger.info(
-            "raw weights of MiniMind's generation %s, trained with the defaults for any model: --config "
-            "configs/dpo/%s.yaml has MiniMind's own settings, %s.yaml those with which such a model visibly learns",
+            "raw weights of MiniMind's generation %s, trained with the defaults for any model: --config %s has "
+            "MiniMind's own settings, %s those with which such a model visibly learns",
             generation,
             original,
             learns,
