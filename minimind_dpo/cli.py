@@ -8,7 +8,6 @@ import sys
 from minimind_dpo import __version__
 from minimind_dpo.ending import Ending
 from minimind_dpo.errors import EXIT_DONE, EXIT_USAGE
-from minimind_dpo.launch.verbs import launched
 
 # verb -> (module, function of the remaining arguments, one line of help)
 VERBS = {
@@ -30,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
         if verb in VERBS:
             module, function, _ = VERBS[verb]
             with Ending() as ending:
+                from minimind_dpo.launch.verbs import launched  # late: a signal meanwhile ends the command as any other
+
                 code = launched(verb, arguments[words:])
                 if code is None:
                     code = getattr(importlib.import_module(module), function)(arguments[words:])

@@ -63,7 +63,6 @@ RENAMED = {
     "torch_dtype": "dtype, of a LoRA base; of products --mixed_precision",
     "model_init_kwargs": "dtype, attn_implementation, trust_remote_code",
     "rpo_alpha": "loss_type: sigmoid sft, with loss_weights",
-    "simpo_gamma": "simpo_gamma",
 }
 # theirs -> what the launcher is told
 LAUNCHED = {
