@@ -29,7 +29,12 @@ def main(argv: list[str] | None = None) -> int:
         if verb in VERBS:
             module, function, _ = VERBS[verb]
             with Ending() as ending:
-                ending.code = getattr(importlib.import_module(module), function)(arguments[words:])
+                from minimind_dpo.launch.verbs import launched  # late: a signal meanwhile ends the command as any other
+
+                code = launched(verb, arguments[words:])
+                if code is None:
+                    code = getattr(importlib.import_module(module), function)(arguments[words:])
+                ending.code = code
             return ending.code
     if arguments[:1] in (["-h"], ["--help"]):
         print(_help())

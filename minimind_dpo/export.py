@@ -26,8 +26,11 @@ def run_export(argv: list[str]) -> int:
     parser.add_argument("--dtype", choices=DTYPES, help="default: the source's for hf, float16 for minimind")
     parser.add_argument("--num_attention_heads", type=int, help="generation-2 .pth only (default 8)")
     options = parser.parse_args(argv)
-    from minimind_dpo.models.export import export_model  # late: torch takes seconds, which --help need not wait for
+    # late: torch takes seconds, which --help need not wait for
+    from minimind_dpo.engine.console import quiet_libraries
+    from minimind_dpo.models.export import export_model
 
+    quiet_libraries()
     written = export_model(options.model, options.format, options.output, options.dtype, options.num_attention_heads)
     print(f"wrote {written}")
     if options.format == "hf" and not (written / "tokenizer_config.json").is_file():

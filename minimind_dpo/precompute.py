@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from minimind_dpo.config import TrainConfig, load_config
 from minimind_dpo.ending import Ending
 from minimind_dpo.errors import UserError
+from minimind_dpo.launch.verbs import launched
 
 if TYPE_CHECKING:
     from minimind_dpo.training.session import Session
@@ -101,5 +102,6 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     with Ending() as ending:
-        ending.code = main(sys.argv[1:])
+        code = launched("precompute", sys.argv[1:])
+        ending.code = main(sys.argv[1:]) if code is None else code
     sys.exit(ending.code)

@@ -36,12 +36,12 @@ ROOMS = [
     "reference",
     "report",
     "training",
+    "launch",
     "train",
     "precompute",
     "export",
     "planning",
     "demo",
-    "launch",
     "cli",
     "__init__",
 ]

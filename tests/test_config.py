@@ -144,7 +144,7 @@ def test_saved_config_reads_back(tmp_path: Path) -> None:
 
 
 def test_missing_config_file() -> None:
-    with pytest.raises(UserError, match="nowhere.yaml: cannot be read"):
+    with pytest.raises(UserError, match="--config nowhere.yaml: no such file, nor a name"):
         load_config(["--config", "nowhere.yaml"])
 
 
@@ -248,3 +248,36 @@ def test_trackers_that_cannot_start(names: list[str], message: str, monkeypatch:
 def test_a_tracker_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(trackers.LOGGER_TYPE_TO_CLASS, "mine", object)  # as accelerate's register_tracker_class does
     trackers.check_trackers(["mine", "wandb"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "part"),
+    [
+        ("--data_path", "here it is train_data"),
+        ("--dataset_name", "here it is train_data"),
+        ("--max_seq_len", "here it is max_length"),
+        ("--use_peft", "here it is lora_r"),
+        ("--bf16", "is the launcher's business: --mixed_precision bf16"),
+        ("--config_file", "is the launcher's business: --accelerate_config"),
+        ("--adam_beta1", "has no counterpart here: AdamW's betas are"),
+        ("--hidden_size", "has no counterpart here: read off the weights"),
+        ("--learning_rte", "unknown key; did you mean learning_rate?"),
+        ("--nothing_like_it", "unknown key; see minimind-dpo train --help"),
+    ],
+)
+def test_names_of_other_tools_are_known(flag: str, part: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_config([*REQUIRED, flag, "5"])
+    assert f"{flag}: {part}" in str(error.value)
+
+
+def test_a_launchers_key_has_no_place_in_the_file(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("num_processes: 4\n")
+    with pytest.raises(UserError, match="num_processes: is the launcher's business: .* write it on the command line"):
+        load_config(["--config", str(tmp_path / "c.yaml"), *REQUIRED])
+
+
+def test_a_switch_alone_means_true() -> None:
+    config = load_config(["--gradient_checkpointing", *REQUIRED, "--deterministic"])
+    assert config.gradient_checkpointing and config.deterministic and not config.use_dora
+    assert not load_config([*REQUIRED, "--shuffle", "false"]).shuffle

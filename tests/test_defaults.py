@@ -76,5 +76,5 @@ def test_raw_weights_without_a_recipe_are_told_which(
     flags = plain_flags(demo, tmp_path, tokenizer_name_or_path=ASSETS / "tokenizer", max_steps=1, **options)
     with caplog.at_level(logging.INFO, "minimind_dpo"):
         train_here(flags)
-    assert ("configs/dpo/minimind2_small.yaml has MiniMind's own settings" in caplog.text) is named
+    assert ("--config minimind2_small has MiniMind's own settings" in caplog.text) is named
     assert load_config(flags).loss_type == ["sigmoid"]

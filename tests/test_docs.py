@@ -16,6 +16,7 @@ import pytest
 from minimind_dpo.cli import VERBS
 from minimind_dpo.cli import main as cli
 from minimind_dpo.config import LR_SCHEDULER_TYPES, REFERENCES, TrainConfig, load_config
+from minimind_dpo.config.launcher_flags import split_launcher_flags
 from minimind_dpo.losses import LOSSES, own_settings
 from minimind_dpo.objective.sums import PAIR_METRICS
 
@@ -153,7 +154,7 @@ def test_commands_parse(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         rest = arguments[len(verb.split()) :]
         assert {word for word in rest if word.startswith("--")} <= flags_of(verb), words
         if verb == "train":
-            load_config(rest)
+            load_config(split_launcher_flags(rest)[1])
 
 
 def test_every_command_is_looked_at() -> None:

@@ -223,9 +223,9 @@ def test_train_dpo_tells_the_commands_errors(inputs: Inputs, tmp_path: Path) -> 
 
 
 def test_train_dpo_that_is_stopped(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minimind_dpo.train.run", lambda config: 75)
+    monkeypatch.setattr("minimind_dpo.train.run", lambda config, **_: 75)
     with pytest.raises(StoppedEarly, match="the same call continues"):
         train_dpo(config_of(inputs.flags(tmp_path)))
-    monkeypatch.setattr("minimind_dpo.train.run", lambda config: 2)
+    monkeypatch.setattr("minimind_dpo.train.run", lambda config, **_: 2)
     with pytest.raises(SystemExit, match="2"):
         train_dpo(config_of(inputs.flags(tmp_path)))

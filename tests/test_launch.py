@@ -17,7 +17,7 @@ from helpers_forks import Forks
 from helpers_run import REPOSITORY, Inputs, environment, same_bits
 from helpers_slurm import wait_until, write_config
 
-from minimind_dpo.launch import overall_code
+from minimind_dpo.launch.workers import overall_code
 
 LAUNCH = REPOSITORY / "launch"
 SCRIPTS = sorted(path for path in LAUNCH.rglob("*") if path.is_file())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_data import tiny_tokenizer
-from helpers_run import Inputs, command, environment, lines, same_bits, train_here
+from helpers_run import REPOSITORY, Inputs, command, environment, lines, same_bits, train_here
 
 from minimind_dpo.data.tokenized import tokenize_files
 from minimind_dpo.ending import Ending, StopRequest
@@ -37,6 +38,27 @@ def test_a_signal_amid_imports(inputs: Inputs, tmp_path: Path, number: signal.Si
     process = subprocess.Popen(command(flags), env=environment(), stderr=subprocess.PIPE, text=True)
     time.sleep(seconds)
     process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75, stderr
+    assert "Traceback" not in stderr and "stopped" in stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "seconds"), [(["train", "--accelerate_config", "multi_cpu"], 1.5), (["demo", "--output_dir", "run"], 0.3)]
+)
+def test_a_signal_to_the_console_script(inputs: Inputs, tmp_path: Path, words: list[str], seconds: float) -> None:
+    """While the launcher, or the command itself, is still importing: as a Ctrl-C, to the whole group."""
+    flags = inputs.flags(tmp_path / "run", num_train_epochs=2000) if words[0] == "train" else []
+    process = subprocess.Popen(
+        [sys.executable, "-m", "minimind_dpo.cli", *words, *flags],
+        env=environment(PYTHONPATH=str(REPOSITORY)),
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 75, stderr
     assert "Traceback" not in stderr and "stopped" in stderr.splitlines()[-1]

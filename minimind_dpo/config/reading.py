@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from minimind_dpo.config.data import data_problems, to_columns, to_sources
+from minimind_dpo.config.flags import SETTINGS, kind_of, make_parser, plain
+from minimind_dpo.config.foreign import unknown
 from minimind_dpo.config.losses import loss_problems, to_names, to_weights, with_loss_settings
 from minimind_dpo.config.settings import TrainConfig, as_told, told_apart
+from minimind_dpo.config.shipped import find_config
 from minimind_dpo.config.text import TextLoader
 from minimind_dpo.config.weights import weight_problems
 from minimind_dpo.errors import UserError
@@ -24,29 +25,26 @@ from minimind_dpo.losses import own_settings
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")  # yaml's words
 _WITHOUT_WARMUP = ("minimind", "constant")  # schedules
 _WARMUP_RATIO = 0.1  # of the others
-_SETTINGS = {setting.name: setting for setting in fields(TrainConfig) if setting.name != "loss_settings"}
 
 
 def load_config(argv: Sequence[str], verb: str = "train") -> TrainConfig:
     """Build the configuration of `minimind-dpo train`, or another verb with its flags, from its arguments.
 
-    `--config FILE` names a yaml file with the same keys; the command line wins over it.
+    `--config FILE` names a yaml file with the same keys, or a recipe of configs/dpo; the command line wins over it.
 
     Raises:
         UserError: with every problem found in the file, the flags and the values, one a line.
     """
-    known, unknown = _parser(verb).parse_known_args(argv)
+    known, others = make_parser(verb).parse_known_args(argv)
     flags = {name: value for name, value in vars(known).items() if value is not None}
-    problems = [
-        f"{flag.split('=')[0]}: {_nearest(flag.lstrip('-').split('=')[0])}" for flag in unknown if flag.startswith("--")
-    ]
-    if not problems and unknown:
-        problems.append(f"{unknown[0]!r}: not a flag (flags are written --name value)")
+    names = [flag.split("=")[0] for flag in others if flag.startswith("--")]
+    problems = [f"{name}: {unknown(name.lstrip('-'), _names())}" for name in names]
+    if not problems and others:
+        problems.append(f"{others[0]!r}: not a flag (flags are written --name value)")
     values: dict[str, Any] = {}
     if "config" in flags:
-        values.update(_read_yaml(flags.pop("config")[0], problems))
-    values.update({name: (flag if _kind(name) == "list" else flag[0]) for name, flag in flags.items()})
-    return make_config(values, problems)
+        values.update(_read_yaml(flags.pop("config"), problems))
+    return make_config(values | flags, problems)
 
 
 def make_config(values: Mapping[str, Any], problems: Sequence[str] = ()) -> TrainConfig:
@@ -87,40 +85,9 @@ def save_config(config: TrainConfig, path: Path) -> None:
     write_text(path, yaml.safe_dump(as_told(config), sort_keys=False, allow_unicode=True))
 
 
-def _parser(verb: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"minimind-dpo {verb}",
-        usage=f"minimind-dpo {verb} [--config FILE] [--KEY VALUE ...]",
-        allow_abbrev=False,
-        description={
-            "train": "Train a causal language model on preference pairs with DPO.",
-            "precompute": "Fill the reference cache for a training run; its flags.",
-        }[verb],
-    )
-    parser.add_argument("--config", nargs=1, metavar="FILE", help="yaml file with the keys below")
-    for name, setting in _SETTINGS.items():
-        default = "" if setting.default in (None, "", MISSING) else f" (default: {_plain(setting.default)})"
-        parser.add_argument(
-            f"--{name}",
-            nargs="+" if _kind(name) == "list" else 1,
-            metavar=_kind(name).upper(),
-            help=(setting.metadata["help"] + default).replace("%", "%%"),
-        )
-    if taken := own_settings().keys() & _SETTINGS.keys():
-        raise ValueError(f"a loss has a setting with a name that is taken: {', '.join(sorted(taken))}")
-    group = parser.add_argument_group("settings of one loss each")
-    for name, own in own_settings().items():
-        group.add_argument(f"--{name}", nargs=1, metavar="FLOAT", help=f"{own.help} (default: {own.default})")
-    return parser
-
-
-def _plain(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def _read_yaml(path: str, problems: list[str]) -> dict[str, Any]:
     try:
-        loaded = yaml.load(Path(path).expanduser().read_text("utf-8"), TextLoader)
+        loaded = yaml.load(find_config("--config", path, "dpo").read_text("utf-8"), TextLoader)
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -129,32 +96,24 @@ def _read_yaml(path: str, problems: list[str]) -> dict[str, Any]:
         return {}
     if not isinstance(loaded, dict):
         raise UserError(f"--config {path}: expected 'key: value' lines, found a {type(loaded).__name__}")
-    known = {*_SETTINGS, *own_settings()}
-    problems += [f"{path}: {key}: {_nearest(str(key))}" for key in loaded if key not in known]
-    return {key: value for key, value in loaded.items() if key in known}
+    problems += [f"{path}: {key}: {unknown(str(key), _names(), in_file=True)}" for key in loaded if key not in _names()]
+    return {key: value for key, value in loaded.items() if key in _names()}
 
 
-def _nearest(name: str) -> str:
-    close = difflib.get_close_matches(name, [*_SETTINGS, *own_settings()], n=1, cutoff=0.5)
-    return "unknown key" + (f"; did you mean {close[0]}?" if close else "; see minimind-dpo train --help")
-
-
-def _kind(name: str) -> str:
-    if name not in _SETTINGS:
-        return "float"  # of a loss's own
-    annotation = str(_SETTINGS[name].type).removesuffix(" | None")
-    return "list" if annotation.startswith("list") else annotation
+def _names() -> list[str]:
+    """Of everything that can be set."""
+    return [*SETTINGS, *own_settings()]
 
 
 def _convert(name: str, value: Any) -> Any:
     """A value of the setting's own type; `none` is the absent value, or the empty list, where a setting has one."""
-    if name not in _SETTINGS:
-        raise ValueError(_nearest(name))
-    kind, optional = _kind(name), "None" in str(_SETTINGS[name].type)
+    if name not in SETTINGS:
+        raise ValueError(unknown(name, _names()))
+    kind, optional = kind_of(name), "None" in str(SETTINGS[name].type)
     (alone,) = value if isinstance(value, list) and len(value) == 1 else [value]
     if alone in (None, "", "~") or ((optional or kind == "list") and str(alone).lower() in ("none", "null")):
         if not optional and kind != "list":
-            if value == _SETTINGS[name].default:
+            if value == SETTINGS[name].default:
                 return value
             raise ValueError("is empty; give a value or remove the key")
         return None if optional else []
@@ -171,11 +130,11 @@ def _to_list(value: Any) -> list[str]:
 def _to_text(value: Any) -> str:
     if not isinstance(value, (str, int, float)):
         raise ValueError(f"expected one text value, found {value!r}")
-    return _plain(value)
+    return plain(value)
 
 
 def _to_bool(value: Any) -> bool:
-    said = _plain(value).lower()
+    said = plain(value).lower()
     if said not in _TRUE + _FALSE:
         raise ValueError(f"expected true or false, found {value!r}")
     return said in _TRUE
@@ -183,7 +142,7 @@ def _to_bool(value: Any) -> bool:
 
 def _to_number(value: Any) -> float:
     if isinstance(value, bool):
-        raise ValueError(f"expected a number, found {_plain(value)}")
+        raise ValueError(f"expected a number, found {plain(value)}")
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -216,13 +175,13 @@ _OWN_CONVERSIONS: dict[str, Callable[[Any], Any]] = {
 
 def _check(config: TrainConfig, skip: set[str]) -> list[str]:
     problems = []
-    given = {name: getattr(config, name) for name in _SETTINGS if name not in skip}
+    given = {name: getattr(config, name) for name in SETTINGS if name not in skip}
     if not given.get("model_name_or_path", "set"):
         problems.append("model_name_or_path: missing; name a model directory, hub id or MiniMind .pth file")
     if not given.get("train_data", ["set"]):
         problems.append("train_data: missing; name a preference .jsonl (or .json, .parquet, hub id)")
     for name, value in given.items():
-        bounds, choices = _SETTINGS[name].metadata["bounds"], _SETTINGS[name].metadata["choices"]
+        bounds, choices = SETTINGS[name].metadata["bounds"], SETTINGS[name].metadata["choices"]
         if bounds is not None and value is not None and not bounds.holds(value):
             problems.append(f"{name}: must be {bounds.says}, is {value}")
         for item in (value if isinstance(value, list) else [value]) if choices else ():

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from minimind_dpo.config import BAD_ROW_POLICIES, TEMPLATE_DATE
 from minimind_dpo.data import cache
@@ -21,6 +20,7 @@ from minimind_dpo.data.records import RowError, logger
 from minimind_dpo.data.rows import DataFile, count_rows, read_rows
 from minimind_dpo.data.sources import Source, find_files
 from minimind_dpo.data.split import Split, mixture, split_limit
+from minimind_dpo.engine.console import Progress
 from minimind_dpo.engine.cpu import available_cores
 from minimind_dpo.errors import UserError
 
@@ -153,8 +153,7 @@ def _tokenize_into(
     stream = (
         (number, row, file.place(row), payload) for number, file in enumerate(files) for row, payload in read_rows(file)
     )
-    bar = tqdm(total=rows, desc="tokenizing", unit=" pairs", disable=None if _is_first_rank() else True)
-    with bar:
+    with Progress("tokenizing", "pairs", rows, _is_first_rank()) as progress:
         for block, tokenized in tokenize_blocks(row_blocks(stream), tokenizer, settings, processes):
             go_on()
             for (file, row, _, _), pair in zip(block, tokenized, strict=True):
@@ -166,7 +165,7 @@ def _tokenize_into(
                     raise RowError(pair.reason, f"{pair.message} (on_bad_row: drop leaves such rows out)")
                 else:
                     writer.drop(pair.reason, file, row)
-            bar.update(len(block))
+            progress.update(len(block))
     report = _report(writer.meta(), files)
     if not report.kept:
         names = ", ".join(file.name for file in files)

@@ -37,9 +37,12 @@ def run_demo(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     import torch  # late: it takes seconds, which --help need not wait for
 
-    from minimind_dpo.demo.replies import speak  # late for the same reason
+    # late for the same reason
+    from minimind_dpo.demo.replies import speak
+    from minimind_dpo.engine.console import quiet_libraries
 
     started = time.monotonic()
+    quiet_libraries()
     if "OMP_NUM_THREADS" not in os.environ:  # so small a model loses by sharing its work, most of all on a busy machine
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)

@@ -41,7 +41,9 @@ def start_engine(config: TrainConfig) -> Engine:
             'as `gpu_ids: "-1,-1"` does in configs/accelerate/ds_*_cpu.yaml'
         )
     if on_cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out itself
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # DeepSpeed warns when it has to find out itself; also beside GPUs
     if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         group.backend = "gloo"
         if not uses_deepspeed:
@@ -79,5 +81,5 @@ def _check_devices() -> None:
     if local_ranks > torch.accelerator.device_count():
         raise UserError(
             f"the launcher starts {local_ranks} processes on this machine, which has "
-            f"{torch.accelerator.device_count()} GPU(s): add --num_processes to `accelerate launch`"
+            f"{torch.accelerator.device_count()} GPU(s): say how many with --num_processes"
         )

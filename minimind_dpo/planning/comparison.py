@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import psutil
 import torch
-from transformers.utils.logging import disable_progress_bar
 
+from minimind_dpo.engine.console import quiet_libraries
 from minimind_dpo.planning.configurations import configuration_name
 from minimind_dpo.planning.measure import measure, process_bytes
 from minimind_dpo.planning.peak import Peak, predict
@@ -45,9 +44,7 @@ def compare(
     Raises:
         UserError: no model is there, or it cannot be read.
     """
-    disable_progress_bar()  # transformers' own, of shards written
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns on stdout when it has to find out itself
+    quiet_libraries()
     shape = read_shape(source, num_attention_heads, lora_r)
     available = _available(runs[0].cpu, device_gib, host_gib)
     plans = [_plan(shape, run, available) for run in runs]

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from minimind_dpo.config.shipped import CONFIGS
 from minimind_dpo.errors import UserError
 
-_PACKAGE = Path(__file__).resolve().parent.parent
-# the package's link to the repository's configs, which a wheel carries as files; a checkout on a system without links
-# has the directory beside the package only
-CONFIGS = next((path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir()), Path("configs"))
 # stage and offload of the configurations that are compared; the first that fits is recommended
 CONFIGURATIONS = ((0, "none"), (1, "none"), (2, "none"), (2, "optimizer"), (3, "none"), (3, "all"))
 _SIZES = {

@@ -131,6 +131,8 @@ def make_reference(
         cache = make_cache(config, engine, loaded.digest, layout)
         if open_complete(engine, cache, needed):
             loaded.model = None
+            if loaded.mode != "cache":
+                logger.info("reference: cache after all (it is complete)")
             return CachedReference(cache)
         if loaded.by_auto and on_main(engine, lambda: cache.was_complete(needed)):
             loaded.mode = "cache"  # it was damaged since: mended, it gives the same bits again

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from minimind_dpo.data.batch import pair_key
+from minimind_dpo.engine.console import Progress
 from minimind_dpo.engine.protocol import Engine
 from minimind_dpo.engine.ranks import on_main, stop_together
 from minimind_dpo.errors import UserError
 from minimind_dpo.objective.layout import PairLayout
-from minimind_dpo.reference.cache import MERGED_CHUNKS, Needed, ReferenceCache
+from minimind_dpo.reference.cache import CHUNK_PAIRS, MERGED_CHUNKS, Needed, ReferenceCache
 
 logger = logging.getLogger(__name__)
 
@@ -97,18 +97,19 @@ class CacheFiller:
         Raises:
             StoppedEarly: `stop` said so on any rank; finished chunks are kept.
         """
-        world_size, rank = self.engine.world_size, self.engine.rank
         self.cache.directory = on_main(self.engine, self.cache.claim)
         self.cache.open(on_main(self.engine, self.cache.mend))
+        with Progress("reference log-probabilities", "pairs", len(needed.positions), self.engine.is_main) as progress:
+            scored = self._fill(needed, stop, progress)
+        self.engine.wait()
+        on_main(self.engine, lambda: self.cache.finish(needed))
+        return int(self.engine.sum(torch.tensor(scored, device=self.engine.device)))
+
+    def _fill(self, needed: Needed, stop: Callable[[], bool], progress: Progress) -> int:
+        """Score this rank's share of the chunks; how many pairs that were."""
+        world_size, rank = self.engine.world_size, self.engine.rank
         scored = merged = 0
-        rounds = tqdm(
-            range(0, needed.chunks(), world_size),
-            desc="reference log-probabilities",
-            unit="chunk",
-            unit_scale=world_size,
-            disable=not self.engine.is_main,
-        )
-        for first in rounds:
+        for first in range(0, needed.chunks(), world_size):
             # also keeps the ranks in step, so that none waits longer than a chunk takes
             stop_together(self.engine, stop, "while computing reference log-probabilities")
             if first - merged >= MERGED_CHUNKS and self.engine.is_main:
@@ -121,9 +122,8 @@ class CacheFiller:
             if passes:
                 self._score(batches, passes, rows or needed.rows(first))
                 scored += sum(map(len, batches))
-        self.engine.wait()
-        on_main(self.engine, lambda: self.cache.finish(needed))
-        return int(self.engine.sum(torch.tensor(scored, device=self.engine.device)))
+            progress.update(min(CHUNK_PAIRS * world_size, len(needed.positions) - CHUNK_PAIRS * first))
+        return scored
 
     def _score(self, batches: list[list[dict[str, Any]]], passes: int, spare: list[dict[str, Any]]) -> None:
         """Write a chunk's batches to the cache, in `passes` forward passes; those left over score a `spare` pair."""

@@ -35,9 +35,6 @@ class RunData:
     order: PairOrder
     steps: int
 
-    def __str__(self) -> str:
-        return f"{self.order.num_pairs} pairs, {self.steps} optimizer steps of {self.order.global_batch} pairs"
-
     def is_single_pass(self) -> bool:
         """Whether the run comes to no pair a second time."""
         return self.eval is None and self.steps <= self.order.steps_per_epoch

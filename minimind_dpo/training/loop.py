@@ -11,11 +11,12 @@ from minimind_dpo.checkpoints.directory import save_checkpoint
 from minimind_dpo.errors import StoppedEarly
 from minimind_dpo.models.saving import describe_adapter, describe_model
 from minimind_dpo.training.batches import load_steps
+from minimind_dpo.training.callbacks import tell_saved
 from minimind_dpo.training.evaluation import evaluate
 from minimind_dpo.training.health import HealthWatch
 from minimind_dpo.training.metrics import peak_memory_gib
 from minimind_dpo.training.numbers import StepNumbers, StepResult, read_step
-from minimind_dpo.training.progress import Clock, progress_bar, show
+from minimind_dpo.training.progress import Clock
 from minimind_dpo.training.run import Run
 from minimind_dpo.training.run_directory import RunLog
 from minimind_dpo.training.schedule import is_due, learning_rate_schedule
@@ -40,7 +41,6 @@ def train(run: Run, log: RunLog) -> None:
     )
     run.scorer.train()
     clock, watch, health = Clock(state), UpdateWatch(run), HealthWatch(run, schedule)
-    progress = progress_bar(run)
     unread: deque[StepResult] = deque()
     stopped = False
     if log.lacks_evaluation(run):
@@ -57,7 +57,7 @@ def train(run: Run, log: RunLog) -> None:
             numbers = read_step(run, result)
             stopped |= numbers.stops
             clock.count(numbers.totals)
-            show(progress, numbers.totals, clock)
+            log.show(numbers.totals, clock)
             if not numbers.skipped:
                 health.take(result.step, numbers.totals, numbers.grad_norm)
         if logs:
@@ -69,10 +69,8 @@ def train(run: Run, log: RunLog) -> None:
         if stopped or (saves and config.save_steps):
             _save(run, log, clock)
         if stops:
-            progress.close()
             raise StoppedEarly(f"after step {state.step} of {state.total_steps}")
     clock.store(state)
-    progress.close()
 
 
 def _steps_ahead(run: Run) -> int:
@@ -115,9 +113,10 @@ def _log_step(run: Run, log: RunLog, numbers: StepNumbers, learning_rate: float,
 def _save(run: Run, log: RunLog, clock: Clock) -> None:
     clock.store(run.state)
     log.sync(run.state)
-    save_checkpoint(
+    path = save_checkpoint(
         run.engine, run.output_dir / "checkpoints", run.state, run.config.save_total_limit, partial(_describe, run)
     )
+    tell_saved(log.callbacks, run.state.step, path)
     clock.restart()
 
 

@@ -1,36 +1,83 @@
-"""How fast a run goes, and its progress bar."""
+"""How fast a run goes, and what is seen of it meanwhile: a bar on a terminal, elsewhere a line for each logged step."""
 
 from __future__ import annotations
 
+import logging
 import time
+from contextlib import ExitStack
 from typing import Any
 
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from minimind_dpo.checkpoints.state import TrainerState
+from minimind_dpo.engine.console import duration, shows_bars
 from minimind_dpo.objective.sums import PairTotals
 from minimind_dpo.training.run import Run
 
-
-def progress_bar(run: Run) -> Any:
-    """A bar of optimizer steps, on the main process."""
-    return tqdm(
-        total=run.state.total_steps,
-        initial=run.state.step,
-        unit="step",
-        dynamic_ncols=True,
-        disable=not run.engine.is_main,
-    )
+logger = logging.getLogger(__name__)
 
 
-def show(progress: Any, totals: PairTotals, clock: Clock) -> None:
-    """Advance the bar by a step."""
-    means = totals.means()
-    progress.update()
-    progress.set_postfix_str(
-        f"loss {means['loss']:.4f} acc {means['rewards/accuracies']:.2f} "
-        f"margin {means['rewards/margins']:.3f} {clock.rates()[0]:.1f} pairs/s",
-        refresh=False,
+class StepProgress:
+    """The optimizer steps of a run, on the main process; a context manager.
+
+    While there is a bar, what is logged appears above it.
+    """
+
+    def __init__(self, run: Run):
+        self._state, self._bars = run.state, run.engine.is_main and shows_bars()
+        self._first, self._begin = run.state.step, time.monotonic()
+
+    def __enter__(self) -> StepProgress:
+        self._stack = ExitStack()
+        if self._bars:
+            self._stack.enter_context(logging_redirect_tqdm())
+        self._bar: Any = self._stack.enter_context(
+            tqdm(
+                total=self._state.total_steps,
+                initial=self._first,
+                unit=" steps",
+                dynamic_ncols=True,
+                disable=not self._bars,
+            )
+        )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def show(self, totals: PairTotals, clock: Clock) -> None:
+        """Advance the bar by a step."""
+        if self._bars:
+            self._bar.update()
+            self._bar.set_postfix_str(brief(totals.means(), clock.rates()[0]), refresh=False)
+
+    def log(self, values: dict[str, float]) -> None:
+        """A line for the present step, where there is no bar; an evaluation has none. Only the main process is heard.
+
+        Args:
+            values: of the step, by the names of metrics.jsonl.
+        """
+        if self._bars or "loss" not in values:
+            return
+        state = self._state
+        left = (time.monotonic() - self._begin) / max(state.step - self._first, 1) * (state.total_steps - state.step)
+        logger.info(
+            "step %*d/%d  %s  rate %.3g  %s left",
+            len(str(state.total_steps)),
+            state.step,
+            state.total_steps,
+            brief(values, values["pairs_per_second"]),
+            values["learning_rate"],
+            duration(left),
+        )
+
+
+def brief(values: dict[str, float], pairs_per_second: float) -> str:
+    """What tells most of a step."""
+    return (
+        f"loss {values['loss']:.4f}  accuracy {values['rewards/accuracies']:.2f}  "
+        f"margin {values['rewards/margins']:.3f}  {pairs_per_second:.1f} pairs/s"
     )
 
 

@@ -22,17 +22,22 @@ _RECIPES = {
 _OF_A_RECIPE = ("loss_type", "beta", "learning_rate", "lr_scheduler_type", "completion_mask")
 
 
+def generation(model: PreTrainedModel) -> str:
+    """MiniMind's generation of a model made of raw weights."""
+    return _RECIPES[model.config.model_type][0]
+
+
 def name_recipe(config: TrainConfig, model: PreTrainedModel) -> None:
     """Say which recipe fits raw MiniMind weights that are trained with nothing but defaults."""
     defaults = TrainConfig()
     if any(getattr(config, name) != getattr(defaults, name) for name in _OF_A_RECIPE):
         return
     if is_raw_weights(Path(config.model_name_or_path).expanduser()) and model.config.model_type in _RECIPES:
-        generation, original, learns = _RECIPES[model.config.model_type]
+        of, original, learns = _RECIPES[model.config.model_type]
         logger.info(
-            "raw weights of MiniMind's generation %s, trained with the defaults for any model: --config "
-            "configs/dpo/%s.yaml has MiniMind's own settings, %s.yaml those with which such a model visibly learns",
-            generation,
+            "raw weights of MiniMind's generation %s, trained with the defaults for any model: --config %s has "
+            "MiniMind's own settings, %s those with which such a model visibly learns",
+            of,
             original,
             learns,
         )

@@ -9,7 +9,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +26,11 @@ from minimind_dpo.models.adapters import has_adapters
 from minimind_dpo.models.portable import make_portable
 from minimind_dpo.models.probe import check_written, probe
 from minimind_dpo.models.saving import save_adapter, save_model, seal_model
+from minimind_dpo.objective.sums import PairTotals
 from minimind_dpo.report.page import write_report
+from minimind_dpo.training.callbacks import Callback, tell_values
 from minimind_dpo.training.metrics import MetricsFile, peak_memory_gib
+from minimind_dpo.training.progress import Clock, StepProgress
 from minimind_dpo.training.run import Run
 from minimind_dpo.training.schedule import is_due
 from minimind_dpo.training.trackers import start_trackers
@@ -96,13 +99,17 @@ def _lock(file: IO[bytes]) -> bool:
 
 @dataclass(frozen=True)
 class RunLog:
-    """Where the numbers of a run go: metrics.jsonl on the main process, and the trackers.
+    """Where the numbers of a run go: metrics.jsonl on the main process, the trackers, the console, callbacks.
 
     Attributes:
         metrics: None on all other processes.
+        callbacks: of the user's own; none on all other processes.
+        progress: of the steps, as it is seen.
     """
 
     metrics: MetricsFile | None
+    callbacks: Sequence[Callback] = ()
+    progress: StepProgress | None = None
 
     def record(self, run: Run, values: dict[str, float]) -> None:
         """Write the values of the run's present step, with its place."""
@@ -111,6 +118,14 @@ class RunLog:
         if self.metrics is not None:
             self.metrics.append({"step": step, "epoch": epoch, "pairs_seen": pairs_seen} | values)
         run.engine.track(_numbers(values) | {"epoch": epoch, "pairs_seen": pairs_seen}, step)
+        if self.progress is not None:
+            self.progress.log(values)
+        tell_values(self.callbacks, step, {"epoch": epoch, "pairs_seen": pairs_seen} | values)
+
+    def show(self, totals: PairTotals, clock: Clock) -> None:
+        """Advance what is seen of the run by a step."""
+        if self.progress is not None:
+            self.progress.show(totals, clock)
 
     def lacks_evaluation(self, run: Run) -> bool:
         """Whether the run's present step has an evaluation, which is not recorded. Collective."""
@@ -130,7 +145,7 @@ class RunLog:
             self.metrics.sync()
 
 
-def open_run(run: Run, resumed: bool) -> RunLog:
+def open_run(run: Run, resumed: bool, callbacks: Sequence[Callback] = ()) -> RunLog:
     """Prepare the run directory for the steps to come, and start the trackers. Collective."""
     metrics = None
     if run.engine.is_main:
@@ -143,7 +158,7 @@ def open_run(run: Run, resumed: bool) -> RunLog:
         _compare(metrics, run.state)
     start_trackers(run.config, run.engine, run.state)
     run.engine.wait()
-    return RunLog(metrics)
+    return RunLog(metrics, callbacks if run.engine.is_main else ())
 
 
 def _compare(metrics: MetricsFile, state: TrainerState) -> None:
@@ -165,22 +180,14 @@ def finish_run(run: Run, log: RunLog) -> None:
     Raises:
         TrainingError: LoRA's matrices were not merged into model/ as the policy has them.
     """
-    directory, state = run.output_dir, run.state
+    directory = run.output_dir
     peak = peak_memory_gib(run.engine)
     with writing(directory, "output_dir"):
         _write_model(run, directory)
         if log.metrics is not None:
             summary = _summary(run, log.metrics.lines(), peak)
             write_text(directory / "summary.json", json.dumps(summary, indent=1))
-            report = write_report(directory)
-            logger.info(
-                "done: %d steps, %d pairs, %.1f s; model in %s, report in %s",
-                state.step,
-                summary["pairs_seen"],
-                state.seconds,
-                directory / "model",
-                report,
-            )
+            write_report(directory)
     run.engine.wait()
 
 

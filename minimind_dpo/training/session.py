@@ -6,10 +6,10 @@ import logging
 from types import TracebackType
 
 from accelerate.utils import set_seed
-from transformers.utils.logging import disable_progress_bar
 
 from minimind_dpo.config import TrainConfig
 from minimind_dpo.ending import StopRequest
+from minimind_dpo.engine.console import quiet_libraries
 from minimind_dpo.engine.launcher import start_engine
 from minimind_dpo.engine.ranks import end_with_launcher, leave_together
 from minimind_dpo.errors import EXIT_DONE, EXIT_STOPPED, StoppedEarly
@@ -37,6 +37,7 @@ class Session:
             UserError: the launcher's settings and the configuration contradict each other.
         """
         end_with_launcher()
+        quiet_libraries()
         self.engine = start_engine(config)
         self.stop = StopRequest(ends_process, config.max_hours)
         self.exit_code = EXIT_DONE
@@ -44,9 +45,6 @@ class Session:
         logging.basicConfig(level=level, format="%(message)s")
         if self.engine.is_main:
             logging.getLogger("minimind_dpo").setLevel(logging.INFO)
-        logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of every tied weight at every checkpoint
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it where it is; it warns of a package
-        disable_progress_bar()  # transformers' own, of shards read and written
         set_seed(config.seed, device_specific=True)
 
     def __enter__(self) -> Session:

@@ -30,6 +30,7 @@ from minimind_dpo.reference.choosing import load_reference, make_following, make
 from minimind_dpo.reference.following import FollowingReference
 from minimind_dpo.training.data import RunData, load_data, tokenizer_path
 from minimind_dpo.training.fitting import check_fits, check_loss, check_reference_tokenizer, end_token_ids
+from minimind_dpo.training.introduction import introduce
 from minimind_dpo.training.recipes import name_recipe
 from minimind_dpo.training.run import Run
 from minimind_dpo.training.settle import DEFAULTS, identity_before, settle, with_former_defaults
@@ -60,6 +61,7 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
     known |= {"dtype": dtype, "reference_digest": loaded.digest}
     state = _state(config, engine, data, known, checkpoint)
     scorer = _trainable(config, policy, dtype)
+    introduce(config, engine, policy, data, state)
     trained = (parameter for parameter in scorer.parameters() if parameter.requires_grad)
     optimizer = make_optimizer(trained, config.learning_rate, config.weight_decay, config.optim)
     prepared, optimizer = engine.prepare(scorer, optimizer, config.weight_rounding)
@@ -70,7 +72,6 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
     stop_together(engine, stop.signalled, "before the first step")
     if checkpoint is not None:  # last: up to here the policy is its own start, which a cache may be made of
         _go_on(checkpoint, engine, following)
-    logger.info("%s on %d process(es)", data, engine.world_size)
     return Run(
         config=config,
         engine=engine,

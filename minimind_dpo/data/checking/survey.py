@@ -10,7 +10,6 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from minimind_dpo.data.checking.findings import Findings, Ledger
 from minimind_dpo.data.checking.repeats import find_leaks, find_repeats
@@ -19,6 +18,7 @@ from minimind_dpo.data.processes import Row, RowBlock, Settings, map_blocks, row
 from minimind_dpo.data.records import RowError
 from minimind_dpo.data.rows import DataFile, read_rows
 from minimind_dpo.data.sources import find_files
+from minimind_dpo.engine.console import Progress
 from minimind_dpo.errors import UserError
 
 _LONGEST_DETAIL = 300  # characters; a row that is refused may be quoted at any length
@@ -123,11 +123,11 @@ def survey(names: list[str], tokenizer: Any, settings: Settings, processes: int 
     found = Survey([Source(name) for name in names], list(chain.from_iterable(files)), owners, settings.max_length)
     work = partial(check_block, tokenizer=tokenizer, settings=settings)
     arrays = [found.pairs]
-    with tqdm(desc="checking", unit=" rows", disable=None) as bar:
+    with Progress("checking", "rows") as progress:
         for block, checked in map_blocks(row_blocks(found.stream()), work, processes or _processes(found)):
             _take(found, block, checked, ledger)
             arrays.append(checked.rows)
-            bar.update(len(block))
+            progress.update(len(block))
     found.pairs = np.concatenate(arrays)
     del arrays
     kept = found.kept()
