@@ -5,11 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import math
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +26,11 @@ from minimind_dpo.models.portable import make_portable
 from minimind_dpo.models.probe import check_written, probe
 from minimind_dpo.models.saving import save_adapter, save_model, seal_model
 from minimind_dpo.report.page import write_report
+from minimind_dpo.tracking.tables import Rows
+from minimind_dpo.tracking.trackers import Trackers, start_trackers
 from minimind_dpo.training.metrics import MetricsFile, peak_memory_gib
 from minimind_dpo.training.run import Run
 from minimind_dpo.training.schedule import is_due
-from minimind_dpo.training.trackers import start_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -103,14 +103,20 @@ class RunLog:
     """
 
     metrics: MetricsFile | None
+    trackers: Trackers
 
     def record(self, run: Run, values: dict[str, float]) -> None:
         """Write the values of the run's present step, with its place."""
         step = run.state.step
         epoch, pairs_seen = step / run.order.steps_per_epoch, run.order.pairs_seen(step)
+        line = {"step": step, "epoch": epoch, "pairs_seen": pairs_seen} | values
         if self.metrics is not None:
-            self.metrics.append({"step": step, "epoch": epoch, "pairs_seen": pairs_seen} | values)
-        run.engine.track(_numbers(values) | {"epoch": epoch, "pairs_seen": pairs_seen}, step)
+            self.metrics.append(line)
+        self.trackers.record(line)
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Rows, step: int) -> None:
+        """Show a table of texts and numbers in the trackers, those that have tables; any rank may call it."""
+        self.trackers.table(name, columns, rows, step)
 
     def lacks_evaluation(self, run: Run) -> bool:
         """Whether the run's present step has an evaluation, which is not recorded. Collective."""
@@ -141,9 +147,9 @@ def open_run(run: Run, resumed: bool) -> RunLog:
             save_config(run.config, run.output_dir / "config.yaml")
         metrics = MetricsFile(run.output_dir / "metrics.jsonl", last_step=run.state.step if resumed else None)
         _compare(metrics, run.state)
-    start_trackers(run.config, run.engine, run.state)
+    trackers = start_trackers(run.config, run.engine, run.state, [] if metrics is None else metrics.lines())
     run.engine.wait()
-    return RunLog(metrics)
+    return RunLog(metrics, trackers)
 
 
 def _compare(metrics: MetricsFile, state: TrainerState) -> None:
@@ -232,11 +238,6 @@ def _replacing_on_main(engine: Engine, final: Path) -> Iterator[Path | None]:
     with replacing(final) as new:
         new.mkdir()
         yield new
-
-
-def _numbers(values: dict[str, float]) -> dict[str, float]:
-    """Those that are finite; trackers know no others."""
-    return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def _eval_metrics(line: dict[str, Any]) -> dict[str, float]:
