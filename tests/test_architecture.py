@@ -35,6 +35,7 @@ ROOMS = [
     "objective",
     "reference",
     "report",
+    "tracking",
     "training",
     "launch",
     "train",

@@ -45,7 +45,15 @@ def test_defaults_that_differ_are_written_out() -> None:
         default = field.default_factory() if callable(field.default_factory) else field.default
         if str(getattr(default, "value", default)) != str(getattr(ours, name)) and default is not None:
             differ[name] = default
-    told_apart = {"optim", "report_to", "dtype", "dataloader_num_workers", "output_dir", "model_name_or_path"}
+    told_apart = {
+        "optim",
+        "report_to",
+        "project",
+        "dtype",
+        "dataloader_num_workers",
+        "output_dir",
+        "model_name_or_path",
+    }
     assert OPTIMIZERS[str(THEIRS["optim"].default)] == ours.optim and "none" == THEIRS["report_to"].default
     assert {name: value for name, value in differ.items() if name not in told_apart} == {
         name: value for name, value in DEFAULTS.items() if name not in by_hand

@@ -12,12 +12,16 @@ import torch
 from helpers_data import tiny_tokenizer, write_jsonl
 from helpers_forks import Forks
 from helpers_run import Inputs, train_here
+from test_trackers import HERE, places
 
 from minimind_dpo.config import load_config
 from minimind_dpo.errors import UserError
 from minimind_dpo.models.loading import load_model
 
-SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "MY_PASSWORD")
+SECRETS = (
+    *("HF_TOKEN", "WANDB_API_KEY", "SWANLAB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
+    *("AWS_SECRET_ACCESS_KEY", "MY_PASSWORD"),
+)
 
 
 class Hostile:
@@ -76,7 +80,7 @@ def test_a_row_can_not_write_into_the_report(inputs: Inputs, tmp_path: Path) -> 
 
 
 def test_no_secret_is_written(inputs: Inputs, tmp_path: Path, forks: Forks) -> None:
-    """A run with a tracker, an evaluation, checkpoints and a skipped step, whose surroundings hold canaries."""
+    """A run with every installed tracker, an evaluation and a skipped step, whose surroundings hold canaries."""
     canaries = {name: f"canary-{number}-" + "c" * 32 for number, name in enumerate(SECRETS)}
     rows = inputs.train_data.read_text("utf-8").splitlines()
     rows[2] = rows[2][:-1] + ', "weight": 3e38}'
@@ -86,9 +90,9 @@ def test_no_secret_is_written(inputs: Inputs, tmp_path: Path, forks: Forks) -> N
         "save_steps": 1,
         "on_nonfinite": "skip",
         "reference": "cache",
-        "report_to": "wandb",
     }
-    codes = forks.run(inputs.flags(tmp_path / "run", **options), tmp_path, WANDB_MODE="offline", **canaries)
+    flags = [*inputs.flags(tmp_path / "run", **options), "--report_to", *HERE]
+    codes = forks.run(flags, tmp_path, **places(tmp_path) | canaries)
     assert codes == [0], (tmp_path / "log").read_text("utf-8")
     written = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink()]
     assert len(written) > 20 and (tmp_path / "run" / "nonfinite").is_dir() and (tmp_path / "run" / "wandb").is_dir()

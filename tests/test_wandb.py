@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from helpers_forks import Forks
 from helpers_run import Inputs, lines, run_command
+from transformers.integrations.integration_utils import rewrite_logs
 from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
 OFFLINE = {"WANDB_MODE": "offline", "WANDB_API_KEY": "dummy-secret-" + "0" * 27, "WANDB_SILENT": "true"}
@@ -48,7 +49,7 @@ def _files(output_dir: Path) -> list[Path]:
     return sorted(output_dir.glob("wandb/offline-run-*/run-*.wandb"))
 
 
-def _history(path: Path) -> dict[int, dict[str, Any]]:
+def history_of(path: Path) -> dict[int, dict[str, Any]]:
     """Logged values by step."""
     history = {}
     for record in _records(path):
@@ -68,12 +69,12 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _assert_same_numbers(history: dict[int, dict[str, Any]], logged: list[dict[str, Any]]) -> None:
-    """Every line of metrics.jsonl is in the history under its step, number by number."""
+    """Every line of metrics.jsonl is in the history under its step, number by number, as transformers names it."""
     for line in logged:
         row = history[line["step"]]
-        for name, value in line.items():
-            if name != "step":
-                assert row[name] == pytest.approx(value, rel=1e-12, abs=0), (line["step"], name)
+        assert row["train/global_step"] == line["step"]
+        for name, value in rewrite_logs({name: value for name, value in line.items() if name != "step"}).items():
+            assert row[name] == pytest.approx(value, rel=1e-12, abs=0), (line["step"], name)
 
 
 def test_history_is_metrics_jsonl(inputs: Inputs, forks: Forks, tmp_path: Path) -> None:
@@ -90,10 +91,10 @@ def test_history_is_metrics_jsonl(inputs: Inputs, forks: Forks, tmp_path: Path) 
     assert forks.run(flags, tmp_path, "multi_cpu", **OFFLINE) == [0, 0], (tmp_path / "log").read_text("utf-8")
 
     (path,) = _files(tmp_path / "run")
-    history = _history(path)
+    history = history_of(path)
     assert sorted(history) == [0, 1, 2, 3, 4, 5, 6]
-    assert {"eval_loss", "eval_rewards/margins"} <= history[0].keys() and "loss" not in history[0]
-    assert {"loss", "rewards/margins", "eval_loss"} <= history[2].keys()
+    assert {"eval/loss", "eval/rewards/margins"} <= history[0].keys() and "train/loss" not in history[0]
+    assert {"train/loss", "train/rewards/margins", "eval/loss"} <= history[2].keys()
     _assert_same_numbers(history, lines(tmp_path / "run"))
 
     config = _config(path)
@@ -141,7 +142,11 @@ def test_resumed_run_goes_on_reporting(inputs: Inputs, forks: Forks, tmp_path: P
 
     paths = _files(run)
     assert len(paths) == 3 and len({path.name for path in paths}) == 1  # one id: `wandb sync` joins the sessions
-    second, third = _history(paths[1]), _history(paths[2])
-    assert list(second) == list(range(killed + 1, stopped + 1))
+    first, second, third = map(history_of, paths)  # a killed session leaves what it had written by then
+    assert [*first, *second, *third] == list(range(1, 221))
     assert list(third) == list(range(stopped + 1, 221))
-    _assert_same_numbers(second | third, logged[killed:])
+    _assert_same_numbers(third, logged[stopped:])
+    measured = {"pairs_per_second", "tokens_per_second", "peak_memory_gib"}  # of steps that were made twice
+    _assert_same_numbers(
+        first | second, [{k: v for k, v in line.items() if k not in measured} for line in logged[:stopped]]
+    )

@@ -22,7 +22,7 @@ class TrainerState:
         total_steps: optimizer steps of the whole run.
         seconds: wall time spent in training so far, over all sessions of the run.
         identity: what must be equal for a resume to continue the same run (`reference_digest`, data, settings).
-        tracker_run_id: the tracker's id of the run, to append to it.
+        tracker_run_ids: by tracker, its name of the run, to append to it; empty where it has none.
         skipped_steps: optimizer steps that changed nothing, since their loss or gradient was not finite.
         running_logits: the running mean of the steps' mean logits, for losses that look back at it.
         metrics: how many lines of metrics.jsonl were written, and their checksum.
@@ -32,7 +32,7 @@ class TrainerState:
     total_steps: int = 0
     seconds: float = 0.0
     identity: dict[str, Any] = field(default_factory=dict)
-    tracker_run_id: str | None = None
+    tracker_run_ids: dict[str, str] = field(default_factory=dict)
     skipped_steps: list[int] = field(default_factory=list)
     running_logits: float = 0.0
     metrics: list[Any] | None = None  # checkpoints had none once
@@ -40,7 +40,10 @@ class TrainerState:
 
 def read_state(checkpoint: Path) -> TrainerState:
     """The trainer state of a checkpoint."""
-    return TrainerState(**json.loads((checkpoint / STATE).read_text("utf-8")))
+    values = json.loads((checkpoint / STATE).read_text("utf-8"))
+    if old := values.pop("tracker_run_id", None):  # checkpoints had one tracker's once
+        values["tracker_run_ids"] = {"wandb": old}
+    return TrainerState(**values)
 
 
 def write_state(state: TrainerState, checkpoint: Path) -> None:

@@ -26,7 +26,7 @@ RENAMED = {
     "save_interval": "save_steps",
     "from_resume": "resume",
     "use_wandb": "report_to",
-    "wandb_project": "the environment variable WANDB_PROJECT",
+    "wandb_project": "project",
     # TRL and transformers
     "dataset_name": "train_data",
     "dataset_config": "train_data: owner/name/config",
@@ -55,7 +55,6 @@ RENAMED = {
     "auto_find_batch_size": "max_tokens_per_micro_batch, which minimind-dpo plan finds",
     "group_by_length": "max_tokens_per_micro_batch",
     "train_sampling_strategy": "shuffle: false for sequential",
-    "project": "the environment variable WANDB_PROJECT",
     "use_peft": "lora_r, the rank of LoRA's matrices, with lora_alpha",
     "lora_target_parameters": "lora_target_modules",
     "load_in_4bit": "quantization: nf4, with lora_r",

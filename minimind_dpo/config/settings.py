@@ -182,8 +182,11 @@ class TrainConfig:
     max_hours: float | None = _free(
         None, "hours after which the run stops with a checkpoint, to be started again", bounds=POSITIVE
     )
-    report_to: list[str] = _free([], "none, or trackers by accelerate's names: wandb, tensorboard, trackio, ...")
+    report_to: list[str] = _free([], "none, or trackers: wandb, swanlab, tensorboard, trackio, mlflow, ...")
+    project: str | None = _free(None, "where trackers put the run (default: $WANDB_PROJECT, or minimind_dpo)")
     run_name: str | None = _free(None, "name of the run in the trackers")
+    run_group: str | None = _free(None, "group of the run in the trackers")
+    tags: list[str] = _free([], "tags of the run in the trackers")
     dataloader_num_workers: int | None = _free(
         None, "processes that lay out batches ahead; by default none on a CPU, 2 beside a GPU", bounds=NOT_NEGATIVE
     )

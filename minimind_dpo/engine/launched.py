@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -12,6 +11,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
+
+from minimind_dpo.engine.trackers import Guarded
 
 _RELEASING_SECONDS = 0.1
 
@@ -51,28 +52,16 @@ class Launched:
         """Every rank's value, in the order of ranks."""
         return gather_object([value])
 
-    def start_trackers(self, project: str, settings: dict[str, Any], starting: dict[str, dict[str, Any]]) -> None:
-        """Start what `report_to` names."""
-        # most trackers take numbers and texts only
-        flat = {
-            name: value if isinstance(value, (int, float, str)) else json.dumps(value)
-            for name, value in settings.items()
-        }
+    def start_trackers(self, project: str, starting: dict[str, dict[str, Any]]) -> list[Guarded]:
+        """Start what `report_to` names; on the main process only."""
         try:
             self._accelerator.init_trackers(project, init_kwargs=starting)
-            for tracker in self._accelerator.trackers:
-                tracker.store_init_configuration(settings if tracker.name == "wandb" else flat)
         except Exception:
             self._accelerator.trackers.clear()  # one that never started cannot be ended
             raise
-
-    def tracker(self, name: str) -> Any:
-        """A started tracker's own object, on the main process."""
-        return self._accelerator.get_tracker(name, unwrap=True)
-
-    def track(self, values: dict[str, float], step: int) -> None:
-        """Hand values of an optimizer step to every tracker."""
-        self._accelerator.log(values, step=step)
+        started = [Guarded(tracker) for tracker in self._accelerator.trackers]
+        self._accelerator.trackers = started  # which ends them
+        return started
 
     def end(self) -> None:
         """End trackers and the group of processes."""

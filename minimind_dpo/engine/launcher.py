@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import ProjectConfiguration, parse_flag_from_env
 
 from minimind_dpo.config import TrainConfig
 from minimind_dpo.engine.cpu import set_up_cpu
@@ -56,7 +56,7 @@ def start_engine(config: TrainConfig) -> Engine:
     check_trackers(config.report_to)
     try:
         accelerator = Accelerator(
-            kwargs_handlers=[group], log_with=config.report_to or None, project_dir=config.output_dir
+            kwargs_handlers=[group], log_with=config.report_to or None, project_config=_places(config.output_dir)
         )
     except ValueError as error:
         file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "no DeepSpeed file")
@@ -64,6 +64,11 @@ def start_engine(config: TrainConfig) -> Engine:
     if accelerator.device.type == "cpu":
         set_up_cpu(accelerator.num_processes)
     return engine(accelerator, config)
+
+
+def _places(output_dir: str) -> ProjectConfiguration:
+    """Where trackers write that take a directory."""
+    return ProjectConfiguration(project_dir=output_dir, logging_dir=os.path.join(output_dir, "tensorboard"))
 
 
 def _engine_class(uses_deepspeed: bool) -> type[Plain] | type[DeepSpeed]:

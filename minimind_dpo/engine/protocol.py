@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minimind_dpo.engine.fragments import Fragment
+from minimind_dpo.engine.trackers import Guarded
 
 
 class Engine(Protocol):
@@ -139,16 +140,8 @@ class Engine(Protocol):
 
     # trackers
 
-    def start_trackers(self, project: str, settings: dict[str, Any], starting: dict[str, dict[str, Any]]) -> None:
-        """Start what `report_to` names: `settings` of the run, and by tracker what it is told when it starts."""
-        ...
-
-    def tracker(self, name: str) -> Any:
-        """A started tracker's own object, on the main process."""
-        ...
-
-    def track(self, values: dict[str, float], step: int) -> None:
-        """Hand values of an optimizer step to every tracker."""
+    def start_trackers(self, project: str, starting: dict[str, dict[str, Any]]) -> list[Guarded]:
+        """Start what `report_to` names, each with what `starting` has for it; none on other than the main process."""
         ...
 
     def end(self) -> None:

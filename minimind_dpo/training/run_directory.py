@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import math
 import os
 import socket
 import time
@@ -28,12 +27,13 @@ from minimind_dpo.models.probe import check_written, probe
 from minimind_dpo.models.saving import save_adapter, save_model, seal_model
 from minimind_dpo.objective.sums import PairTotals
 from minimind_dpo.report.page import write_report
+from minimind_dpo.tracking.tables import Rows
+from minimind_dpo.tracking.trackers import Trackers, start_trackers
 from minimind_dpo.training.callbacks import Callback, tell_values
 from minimind_dpo.training.metrics import MetricsFile, peak_memory_gib
 from minimind_dpo.training.progress import Clock, StepProgress
 from minimind_dpo.training.run import Run
 from minimind_dpo.training.schedule import is_due
-from minimind_dpo.training.trackers import start_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -102,30 +102,35 @@ class RunLog:
     """Where the numbers of a run go: metrics.jsonl on the main process, the trackers, the console, callbacks.
 
     Attributes:
-        metrics: None on all other processes.
-        callbacks: of the user's own; none on all other processes.
+        metrics, callbacks: none on all other processes; the latter are the user's own.
         progress: of the steps, as it is seen.
     """
 
     metrics: MetricsFile | None
+    trackers: Trackers
     callbacks: Sequence[Callback] = ()
     progress: StepProgress | None = None
 
     def record(self, run: Run, values: dict[str, float]) -> None:
         """Write the values of the run's present step, with its place."""
         step = run.state.step
-        epoch, pairs_seen = step / run.order.steps_per_epoch, run.order.pairs_seen(step)
+        place = {"epoch": step / run.order.steps_per_epoch, "pairs_seen": run.order.pairs_seen(step)}
+        line = {"step": step} | place | values
         if self.metrics is not None:
-            self.metrics.append({"step": step, "epoch": epoch, "pairs_seen": pairs_seen} | values)
-        run.engine.track(_numbers(values) | {"epoch": epoch, "pairs_seen": pairs_seen}, step)
+            self.metrics.append(line)
+        self.trackers.record(line)
         if self.progress is not None:
             self.progress.log(values)
-        tell_values(self.callbacks, step, {"epoch": epoch, "pairs_seen": pairs_seen} | values)
+        tell_values(self.callbacks, step, place | values)
 
     def show(self, totals: PairTotals, clock: Clock) -> None:
         """Advance what is seen of the run by a step."""
         if self.progress is not None:
             self.progress.show(totals, clock)
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Rows, step: int) -> None:
+        """Show a table of texts and numbers in the trackers, those that have tables; any rank may call it."""
+        self.trackers.table(name, columns, rows, step)
 
     def lacks_evaluation(self, run: Run) -> bool:
         """Whether the run's present step has an evaluation, which is not recorded. Collective."""
@@ -156,9 +161,9 @@ def open_run(run: Run, resumed: bool, callbacks: Sequence[Callback] = ()) -> Run
             save_config(run.config, run.output_dir / "config.yaml")
         metrics = MetricsFile(run.output_dir / "metrics.jsonl", last_step=run.state.step if resumed else None)
         _compare(metrics, run.state)
-    start_trackers(run.config, run.engine, run.state)
+    trackers = start_trackers(run.config, run.engine, run.state, [] if metrics is None else metrics.lines())
     run.engine.wait()
-    return RunLog(metrics, callbacks if run.engine.is_main else ())
+    return RunLog(metrics, trackers, callbacks if run.engine.is_main else ())
 
 
 def _compare(metrics: MetricsFile, state: TrainerState) -> None:
@@ -239,11 +244,6 @@ def _replacing_on_main(engine: Engine, final: Path) -> Iterator[Path | None]:
     with replacing(final) as new:
         new.mkdir()
         yield new
-
-
-def _numbers(values: dict[str, float]) -> dict[str, float]:
-    """Those that are finite; trackers know no others."""
-    return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def _eval_metrics(line: dict[str, Any]) -> dict[str, float]:
