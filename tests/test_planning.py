@@ -316,6 +316,7 @@ def test_all_configurations_are_compared(
         "available_gib",
         "plans",
         "recommended",
+        "suggestion",
     }
     assert [plan["name"] for plan in report["plans"]] == [
         "multi_gpu",
@@ -331,6 +332,7 @@ def test_all_configurations_are_compared(
             "name",
             "reference",
             "fits",
+            "lacks",
             "max_tokens_per_micro_batch",
             "device",
             "host",
@@ -348,6 +350,46 @@ def test_all_configurations_are_compared(
     assert cli(flags) == 0 and "recommended: multi_gpu" in capsys.readouterr().out
     flags[flags.index("80")] = "0.1"
     assert cli(flags) == 0 and "none of them fits" in capsys.readouterr().out
+
+
+def test_a_row_says_what_it_lacks_and_what_would_fit(
+    model_config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a device as large as one pair with recomputed activations needs, and on a host with too little."""
+    monkeypatch.setattr(comparison, "process_bytes", lambda: 2.0**29)
+    flags = ["plan", "--model_name_or_path", str(Path(model_config) / "config.json"), "--zero_stage", "0"]
+    least = ["--per_device_train_batch_size", "1", "--gradient_checkpointing", "true"]
+
+    def report(*more: str) -> dict[str, Any]:
+        assert cli([*flags, *more, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    enough = report(*least, "--device_memory_gib", "80")["plans"][0]["device"]["total_gib"] * comparison.SPARE * 1.0001
+    found = report("--device_memory_gib", str(enough))
+    assert found["plans"][0]["fits"] is False and found["plans"][0]["lacks"] == "device"
+    assert found["available_gib"] == {
+        "device": enough,
+        "host": None,
+    }  # another machine's GPU: this one's host says nothing
+    assert found["suggestion"]["flags"] == {"per_device_train_batch_size": 1, "gradient_checkpointing": True}
+    assert report(*least, "--device_memory_gib", str(enough))["plans"][0]["fits"] is True
+    found = report("--device_memory_gib", "80", "--host_memory_gib", "0.1")
+    assert found["plans"][0]["lacks"] == "host" and found["suggestion"] is None
+    assert cli([*flags, "--device_memory_gib", str(enough)]) == 0
+    shown = capsys.readouterr().out
+    assert "no: device" in shown and "machine unknown (--host_memory_gib)" in shown
+    assert "it would fit with --per_device_train_batch_size 1 --gradient_checkpointing true" in shown
+
+
+def test_without_the_devices_memory_nothing_is_said_not_to_fit(
+    model_config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(comparison, "process_bytes", lambda: 2.0**29)
+    monkeypatch.setattr(comparison.torch.cuda, "is_available", lambda: False)
+    assert cli(["plan", "--model_name_or_path", model_config, "--num_processes", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "recommended: not known without --device_memory_gib" in shown and "none of them" not in shown
+    assert "\n\n\n" not in shown
 
 
 def test_a_real_run_is_within_fifteen_percent(model_config: str, capsys: pytest.CaptureFixture[str]) -> None:

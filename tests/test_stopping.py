@@ -44,7 +44,7 @@ def test_a_signal_amid_imports(inputs: Inputs, tmp_path: Path, number: signal.Si
 
 
 @pytest.mark.parametrize(
-    ("words", "seconds"), [(["train", "--accelerate_config", "multi_cpu"], 1.5), (["demo", "--output_dir", "run"], 0.3)]
+    ("words", "seconds"), [(["train", "--accelerate_config", "multi_cpu"], 1.5), (["demo", "--output_dir", "run"], 0.5)]
 )
 def test_a_signal_to_the_console_script(inputs: Inputs, tmp_path: Path, words: list[str], seconds: float) -> None:
     """While the launcher, or the command itself, is still importing: as a Ctrl-C, to the whole group."""

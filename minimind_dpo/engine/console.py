@@ -72,15 +72,20 @@ class Progress:
         return f"{text} of {self._total} {self._unit}, {duration(left)} left"
 
 
+def name_accelerator() -> None:
+    """Tell DeepSpeed of a machine without a GPU: it warns when it has to find out itself."""
+    import torch  # late: see `quiet_libraries`
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def quiet_libraries() -> None:
     """Silence what libraries say of themselves and nobody can act on; for the start of a command."""
-    # late: they take seconds, which processes that only count do without
-    import torch
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar  # late: seconds, for those who only count
 
     disable_progress_bar()  # of shards read and written
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out itself
+    name_accelerator()
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of every tied weight at every checkpoint
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it where it is; it warns of a package
     # torch's own calls of names that torch is about to rename

@@ -27,7 +27,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from minimind_dpo.config.shipped import find_config
-from minimind_dpo.engine.console import quiet_libraries
+from minimind_dpo.engine.console import name_accelerator
 from minimind_dpo.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE, UserError
 
 # what arrives here -> what the workers get. A terminal's Ctrl-C reaches them without our help, and a second SIGINT
@@ -52,7 +52,7 @@ def launch(argv: list[str]) -> int:
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # torchrun's agent leaves the other signals to us
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the failure is reported below
     logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)  # threads are set here (engine/cpu.py)
-    quiet_libraries()
+    name_accelerator()
     _pass_signals_on()
     try:
         launch_command(args)

@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         ),
     )
     add = parser.add_argument
-    add("--model_name_or_path", required=True, help="directory (config.json is enough), hub id, MiniMind .pth or .gguf")
+    add("--model_name_or_path", required=True, help="directory or its config.json, hub id, MiniMind .pth or .gguf")
     add("--num_attention_heads", type=int, help="query heads of MiniMind raw weights (default 8)")
     add("--num_processes", type=int, default=1, help="ranks (default: 1)")
     add("--processes_per_node", type=int, help="ranks that share a machine's memory (default: all, at most 8)")
@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--gradient_checkpointing", choices=("true", "false"), default="false", help=recomputed)
     add("--device", choices=("cuda", "cpu"), default="cuda", help="where ranks compute (default: cuda)")
     add("--device_memory_gib", type=float, help="memory of a GPU (default: that of this machine's first GPU)")
-    add("--host_memory_gib", type=float, help="memory of a machine (default: this machine's)")
+    add("--host_memory_gib", type=float, help="memory of a machine (default: this one's, without device_memory_gib)")
     add("--json", action="store_true", help="print one JSON object")
     add("--measure", action="store_true", help="run two optimizer steps and hold the prediction against their peak")
     return parser

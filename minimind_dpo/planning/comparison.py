@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import psutil
@@ -20,6 +21,8 @@ from minimind_dpo.planning.shape import ModelShape, read_shape
 GIB = 2**30
 SPARE = 1.1  # a configuration fits with a tenth to spare
 _MOST_PAIRS = 1 << 14  # of a micro-batch that is looked at
+_LORA_R = 16
+_FLAGS = {"pairs": "per_device_train_batch_size", "checkpointing": "gradient_checkpointing"}
 CUDA_RUNTIME = 0.5 * GIB  # CUDA's context with the kernels of torch and NCCL; not measured here
 
 
@@ -39,7 +42,7 @@ def compare(
         num_attention_heads: of MiniMind's raw weights.
         lora_r: rank of LoRA matrices, None to train every weight.
         device_gib: memory of a GPU, None for that of this machine's first.
-        host_gib: memory of a machine, None for this one's.
+        host_gib: memory of a machine, None for this one's; with `device_gib`, which is of another machine, unknown.
 
     Raises:
         UserError: no model is there, or it cannot be read.
@@ -48,6 +51,11 @@ def compare(
     shape = read_shape(source, num_attention_heads, lora_r)
     available = _available(runs[0].cpu, device_gib, host_gib)
     plans = [_plan(shape, run, available) for run in runs]
+    recommended = next((plan["name"] for plan in plans if plan["fits"]), None)
+    suggestion = None
+    if all(plan["fits"] is False for plan in plans):
+        adapted = None if lora_r else partial(read_shape, source, num_attention_heads, _LORA_R)
+        suggestion = suggest(shape, runs, available, adapted)
     return {
         "model": source,
         "parameters": shape.total,
@@ -55,7 +63,8 @@ def compare(
         "setup": _setup(runs[0]) | {"lora_r": lora_r, "device": "cpu" if runs[0].cpu else "cuda"},
         "available_gib": available,
         "plans": plans,
-        "recommended": next((plan["name"] for plan in plans if plan["fits"]), None),
+        "recommended": recommended,
+        "suggestion": suggestion,
     }
 
 
@@ -80,7 +89,7 @@ def _setup(run: RunShape) -> dict[str, Any]:
 
 def _available(cpu: bool, device: float | None, host: float | None) -> dict[str, float | None]:
     """GiB of a device and of a machine, as told or as found here; None where nothing tells."""
-    if host is None:
+    if host is None and (cpu or device is None):
         host = psutil.virtual_memory().total / GIB
     if device is None and not cpu and torch.cuda.is_available():
         device = torch.cuda.mem_get_info(0)[1] / GIB
@@ -94,7 +103,8 @@ def _plan(shape: ModelShape, run: RunShape, available: dict[str, float | None]) 
     return {
         "name": configuration_name(run.stage, run.zero.offload, run.cpu, run.world),
         "reference": run.reference,
-        "fits": _fits(device, host, run, available),
+        "fits": (fits := _fits(device, host, run, available)),
+        "lacks": None if fits is not False else "host" if _lacks_host(host, run, available) else "device",
         "max_tokens_per_micro_batch": _most_tokens(shape, run, process, available),
         "device": _gib(device),
         "host": _gib(host),
@@ -103,10 +113,47 @@ def _plan(shape: ModelShape, run: RunShape, available: dict[str, float | None]) 
 
 
 def _fits(device: Peak, host: Peak, run: RunShape, available: dict[str, float | None]) -> bool | None:
-    fits = host.total * run.per_node / GIB * SPARE <= (available["host"] or 0.0)
-    if run.cpu or not fits:
-        return fits
+    if _lacks_host(host, run, available):
+        return False
+    if run.cpu:
+        return True
     return None if available["device"] is None else device.total / GIB * SPARE <= available["device"]
+
+
+def _lacks_host(host: Peak, run: RunShape, available: dict[str, float | None]) -> bool:
+    """Whether a machine's memory is known and too small."""
+    return available["host"] is not None and host.total * run.per_node / GIB * SPARE > available["host"]
+
+
+def suggest(
+    shape: ModelShape,
+    runs: Sequence[RunShape],
+    available: dict[str, float | None],
+    adapted: Callable[[], ModelShape] | None,
+) -> dict[str, Any] | None:
+    """The nearest run that fits where none does: fewer pairs at once, activations recomputed, LoRA; by train's flags.
+
+    Args:
+        shape: of the model.
+        runs: of which none fits.
+        available: GiB of a device and of a machine.
+        adapted: gives the shape of the model with LoRA; None where it has it.
+    """
+    process = process_bytes()
+    smaller: list[dict[str, Any]] = [{"pairs": 1}, {"checkpointing": True}, {"pairs": 1, "checkpointing": True}]
+    tries = [(shape, change) for change in smaller]
+    if adapted is not None:
+        with_lora = adapted()
+        tries += [(with_lora, {"reference": "adapter"} | change) for change in ({}, *smaller)]
+    for model, change in tries:
+        for run in runs:
+            other = dataclasses.replace(run, **change)
+            if _fits(*(peaks := predict(model, other, process, CUDA_RUNTIME)), other, available):
+                flags = {"lora_r": _LORA_R} if model is not shape else {}
+                flags |= {_FLAGS[name]: value for name, value in change.items() if name in _FLAGS}
+                name = configuration_name(run.stage, run.zero.offload, run.cpu, run.world)
+                return {"name": name, "flags": flags, "device_gib": peaks[0].total / GIB}
+    return None
 
 
 def _most_tokens(shape: ModelShape, run: RunShape, process: float, available: dict[str, float | None]) -> int | None:

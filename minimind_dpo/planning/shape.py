@@ -80,7 +80,7 @@ class ModelShape:
 
 
 def read_shape(source: str, num_attention_heads: int | None = None, lora_r: int | None = None) -> ModelShape:
-    """The sizes of the model that `source` names: a directory (config.json is enough), hub id, .pth or .gguf.
+    """The sizes of the model that `source` names: a directory or its config.json, a hub id, a .pth or a .gguf file.
 
     With `lora_r` also those of the LoRA matrices of that rank beside all linear layers.
 
@@ -93,6 +93,8 @@ def read_shape(source: str, num_attention_heads: int | None = None, lora_r: int 
 
 def read_config(source: str, num_attention_heads: int | None = None) -> tuple[PreTrainedConfig, int]:
     """The configuration of the model that `source` names, and the bytes of a stored element."""
+    if Path(source).name == "config.json":
+        source = str(Path(source).parent)
     location = locate_model(source)
     if location is not None and is_adapter(location):
         return read_config(adapter_base(location), num_attention_heads)
