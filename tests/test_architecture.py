@@ -25,7 +25,6 @@ ROOMS = [
     "errors",
     "files",
     "ending",
-    "bounds",
     "losses",
     "config",
     "engine",

@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from minimind_dpo.bounds import DROPOUT, FINITE, MINORITY, NOT_NEGATIVE, POSITIVE, SHARE, STEPS, Bounds
 from minimind_dpo.errors import UserError
 from minimind_dpo.losses import LOSSES, own_settings
+from minimind_dpo.losses.bounds import DROPOUT, FINITE, MINORITY, NOT_NEGATIVE, POSITIVE, SHARE, STEPS, Bounds
 
 COMPLETION_MASKS = ("all_assistant", "final_turn")
 # Today's date for chat templates that write one: the same data must not differ from day to day.
