@@ -37,6 +37,8 @@ ROOMS = [
     "training",
     "train",
     "precompute",
+    "evaluation",
+    "evaluate",
     "export",
     "planning",
     "demo",

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from minimind_dpo.config.data import data_problems, to_columns, to_sources
+from minimind_dpo.config.conversions import CONVERSIONS, plain, to_number
+from minimind_dpo.config.data import data_problems, to_columns, to_sets, to_sources
 from minimind_dpo.config.losses import loss_problems, to_names, to_weights, with_loss_settings
 from minimind_dpo.config.settings import TrainConfig, as_told, told_apart
 from minimind_dpo.config.text import TextLoader
@@ -21,7 +22,6 @@ from minimind_dpo.errors import UserError
 from minimind_dpo.files import write_text
 from minimind_dpo.losses import own_settings
 
-_TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")  # yaml's words
 _WITHOUT_WARMUP = ("minimind", "constant")  # schedules
 _WARMUP_RATIO = 0.1  # of the others
 _SETTINGS = {setting.name: setting for setting in fields(TrainConfig) if setting.name != "loss_settings"}
@@ -61,7 +61,7 @@ def make_config(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Trai
     for name, value in told_apart(values).items():
         try:
             if name in own_settings():
-                own[name] = _to_number(value)
+                own[name] = to_number(value)
             else:
                 converted[name] = _convert(name, value)
         except ValueError as error:
@@ -98,24 +98,31 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         }[verb],
     )
     parser.add_argument("--config", nargs=1, metavar="FILE", help="yaml file with the keys below")
-    for name, setting in _SETTINGS.items():
-        default = "" if setting.default in (None, "", MISSING) else f" (default: {_plain(setting.default)})"
+    add_settings(parser, _SETTINGS)
+    if taken := own_settings().keys() & _SETTINGS.keys():
+        raise ValueError(f"a loss has a setting with a name that is taken: {', '.join(sorted(taken))}")
+    add_loss_settings(parser)
+    return parser
+
+
+def add_settings(parser: argparse._ActionsContainer, names: Iterable[str]) -> None:
+    """Flags of settings, whose values `make_config` takes; None where a flag is not given."""
+    for name in names:
+        setting = _SETTINGS[name]
+        default = "" if setting.default in (None, "", MISSING) else f" (default: {plain(setting.default)})"
         parser.add_argument(
             f"--{name}",
             nargs="+" if _kind(name) == "list" else 1,
             metavar=_kind(name).upper(),
             help=(setting.metadata["help"] + default).replace("%", "%%"),
         )
-    if taken := own_settings().keys() & _SETTINGS.keys():
-        raise ValueError(f"a loss has a setting with a name that is taken: {', '.join(sorted(taken))}")
+
+
+def add_loss_settings(parser: argparse.ArgumentParser) -> None:
+    """Flags of the settings that losses have for themselves."""
     group = parser.add_argument_group("settings of one loss each")
     for name, own in own_settings().items():
         group.add_argument(f"--{name}", nargs=1, metavar="FLOAT", help=f"{own.help} (default: {own.default})")
-    return parser
-
-
-def _plain(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _read_yaml(path: str, problems: list[str]) -> dict[str, Any]:
@@ -158,56 +165,12 @@ def _convert(name: str, value: Any) -> Any:
                 return value
             raise ValueError("is empty; give a value or remove the key")
         return None if optional else []
-    return _OWN_CONVERSIONS.get(name, _CONVERSIONS[kind])(value)
-
-
-def _to_list(value: Any) -> list[str]:
-    items = value if isinstance(value, list) else [value]
-    if not all(isinstance(item, str) for item in items):
-        raise ValueError(f"expected one text or a list of texts, found {value!r}")
-    return items
-
-
-def _to_text(value: Any) -> str:
-    if not isinstance(value, (str, int, float)):
-        raise ValueError(f"expected one text value, found {value!r}")
-    return _plain(value)
-
-
-def _to_bool(value: Any) -> bool:
-    said = _plain(value).lower()
-    if said not in _TRUE + _FALSE:
-        raise ValueError(f"expected true or false, found {value!r}")
-    return said in _TRUE
-
-
-def _to_number(value: Any) -> float:
-    if isinstance(value, bool):
-        raise ValueError(f"expected a number, found {_plain(value)}")
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"expected a number, found {value!r}") from None
-
-
-def _to_int(value: Any) -> int:
-    number = _to_number(value)
-    if not number.is_integer():
-        raise ValueError(f"expected a whole number, found {value!r}")
-    return value if isinstance(value, int) else int(number)
-
-
-_CONVERSIONS: dict[str, Callable[[Any], Any]] = {
-    "list": _to_list,
-    "str": _to_text,
-    "bool": _to_bool,
-    "float": _to_number,
-    "int": _to_int,
-}
+    return _OWN_CONVERSIONS.get(name, CONVERSIONS[kind])(value)
 
 
 _OWN_CONVERSIONS: dict[str, Callable[[Any], Any]] = {
     "columns": to_columns,
+    "eval_data": to_sets,
     "train_data": to_sources,
     "loss_type": to_names,
     "loss_weights": to_weights,

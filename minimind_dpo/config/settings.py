@@ -104,7 +104,7 @@ class TrainConfig:
     train_data: list[str | dict[str, Any]] = _free(
         [], "preference pairs: files, globs, folders, hub ids owner/name[/config][@revision][:split]; {path, weight}"
     )
-    eval_data: list[str] = _free([], "held-out pairs, in the same forms")
+    eval_data: list[str] = _free([], "held-out pairs, in the same forms; name=DATA each for several sets")
     eval_split: float | None = _fixed(
         None, "held out of train_data by a hash of the prompt: a share below 1, or a number of pairs", bounds=POSITIVE
     )

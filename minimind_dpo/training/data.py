@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from minimind_dpo.config import TrainConfig
+from minimind_dpo.config.data import named_sets
 from minimind_dpo.data.order import PairOrder, total_steps
 from minimind_dpo.data.sources import Source
 from minimind_dpo.data.tokenized import TokenizedData, tokenize_files
@@ -25,13 +26,13 @@ class RunData:
 
     Attributes:
         train: training pairs.
-        eval: held-out pairs, if there are any.
+        eval: sets of held-out pairs, by name; that of a single set is empty.
         order: of the training pairs.
         steps: optimizer steps of the run.
     """
 
     train: TokenizedData
-    eval: TokenizedData | None
+    eval: dict[str, TokenizedData]
     order: PairOrder
     steps: int
 
@@ -40,11 +41,15 @@ class RunData:
 
     def is_single_pass(self) -> bool:
         """Whether the run comes to no pair a second time."""
-        return self.eval is None and self.steps <= self.order.steps_per_epoch
+        return not self.eval and self.steps <= self.order.steps_per_epoch
+
+    def parts(self) -> list[TokenizedData]:
+        """All pairs that the run reads."""
+        return [self.train, *self.eval.values()]
 
     def needed(self) -> list[Needed]:
         """The pairs that need reference log-probabilities."""
-        held_out = [] if self.eval is None else [Needed(self.eval, range(len(self.eval)))]
+        held_out = (Needed(part, range(len(part))) for part in self.eval.values())
         return [Needed(self.train, _positions(self.order, self.steps)), *held_out]
 
 
@@ -56,7 +61,7 @@ def load_data(config: TrainConfig, engine: Engine, tokenizer: Any, stop: Callabl
     """
     with main_first(engine, "tokenize", stop, config.ddp_timeout) as go_on:
         train = _tokenize(config, config.train_data, tokenizer, go_on)
-        held_out = _held_out(config, tokenizer, go_on)
+        held_out = held_out_sets(config, tokenizer, go_on)
     stop_together(engine, stop, "before the first step")
     global_batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * engine.world_size
     order = PairOrder(len(train), global_batch, config.seed, config.shuffle)
@@ -80,10 +85,11 @@ def tokenizer_path(config: TrainConfig) -> str:
     return place
 
 
-def _held_out(config: TrainConfig, tokenizer: Any, go_on: Callable[[], None]) -> TokenizedData | None:
+def held_out_sets(config: TrainConfig, tokenizer: Any, go_on: Callable[[], None]) -> dict[str, TokenizedData]:
+    """The sets of held-out pairs, by name; that of a single set is empty. `go_on` as in `tokenize_files`."""
     if config.eval_split is not None:
-        return _tokenize(config, config.train_data, tokenizer, go_on, held_out=True)
-    return _tokenize(config, config.eval_data, tokenizer, go_on) if config.eval_data else None
+        return {"": _tokenize(config, config.train_data, tokenizer, go_on, held_out=True)}
+    return {name: _tokenize(config, data, tokenizer, go_on) for name, data in named_sets(config.eval_data).items()}
 
 
 def _tokenize(

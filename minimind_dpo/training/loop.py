@@ -86,10 +86,10 @@ def _evaluate(run: Run, log: RunLog, clock: Clock) -> None:
     Raises:
         StoppedEarly: it was stopped; a checkpoint of the step is written.
     """
-    if run.eval_data is None:
+    if not run.eval_sets:
         return
     try:
-        log.record(run, evaluate(run, run.eval_data))
+        log.record(run, evaluate(run))
     except StoppedEarly:
         if run.state.step > 0:
             _save(run, log, clock)

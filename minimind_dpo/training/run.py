@@ -37,7 +37,7 @@ class Run:
         layout: of every batch.
         preference: what is minimised.
         train_data: pairs to train on, in the order of `order`.
-        eval_data: held-out pairs, if there are any.
+        eval_sets: sets of held-out pairs, by name; that of a single set is empty.
         order: which pairs each step takes.
         state: what the run knows of itself; its `step` advances.
         tokenizer: saved with every model.
@@ -54,7 +54,7 @@ class Run:
     layout: PairLayout
     preference: Preference
     train_data: TokenizedData
-    eval_data: TokenizedData | None
+    eval_sets: dict[str, TokenizedData]
     order: PairOrder
     state: TrainerState
     tokenizer: Any

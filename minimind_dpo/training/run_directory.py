@@ -115,13 +115,11 @@ class RunLog:
     def lacks_evaluation(self, run: Run) -> bool:
         """Whether the run's present step has an evaluation, which is not recorded. Collective."""
         step = run.state.step
-        has_one = run.eval_data is not None and (
-            step in (0, run.state.total_steps) or is_due(run.config.eval_steps, step)
-        )
+        has_one = run.eval_sets and (step in (0, run.state.total_steps) or is_due(run.config.eval_steps, step))
         if not has_one:
             return False
         lines = [] if self.metrics is None else self.metrics.lines()
-        return not decide(any(line["step"] == step and "eval_loss" in line for line in lines))
+        return not decide(any(line["step"] == step and _eval_metrics(line) for line in lines))
 
     def sync(self, state: TrainerState) -> None:
         """Make what is written survive a power cut, and note in `state` how much it is."""
@@ -217,7 +215,7 @@ def _summary(run: Run, lines: list[dict[str, Any]], peak_memory: float) -> dict[
         "matmul": state.identity["matmul"],
         "skipped_steps": len(state.skipped_steps),
     }
-    evaluations = [line for line in lines if "eval_loss" in line]
+    evaluations = [line for line in lines if _eval_metrics(line)]
     if evaluations:
         summary |= {"eval_before": _eval_metrics(evaluations[0]), "eval_after": _eval_metrics(evaluations[-1])}
     return summary

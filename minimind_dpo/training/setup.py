@@ -79,9 +79,9 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
         reference=reference,
         following=following,
         layout=layout,
-        preference=_preference(config),
+        preference=configured_preference(config),
         train_data=data.train,
-        eval_data=data.eval,
+        eval_sets=data.eval,
         order=data.order,
         state=state,
         tokenizer=tokenizer,
@@ -90,7 +90,7 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
     )
 
 
-def _preference(config: TrainConfig) -> Preference:
+def configured_preference(config: TrainConfig) -> Preference:
     """The preference loss that a configuration asks for."""
     return Preference(
         dict(zip(config.loss_type, config.loss_weights or [1.0] * len(config.loss_type), strict=True)),
@@ -108,12 +108,11 @@ def _known(
     config: TrainConfig, models: tuple[PreTrainedModel | None, ...], tokenizer: Any, data: RunData
 ) -> dict[str, str]:
     """Refuse what does not go together; whether the pairs' margins are used, for the run's identity."""
-    tokenized = (data.train, data.eval)
-    check_fits(models, tokenizer, tokenized, config.max_length)
+    check_fits(models, tokenizer, data.parts(), config.max_length)
     if config.ref_model_name_or_path is not None:
-        check_reference_tokenizer(config.ref_model_name_or_path, tokenizer, tokenized)
-    if data.eval is not None:
-        check_loss(config.loss_type, data.eval, "eval_data" if config.eval_data else "eval_split")
+        check_reference_tokenizer(config.ref_model_name_or_path, tokenizer, data.parts())
+    for held_out in data.eval.values():
+        check_loss(config.loss_type, held_out, "eval_data" if config.eval_data else "eval_split")
     return {"margins": "used"} if check_loss(config.loss_type, data.train, "train_data") else {}
 
 
