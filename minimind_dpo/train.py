@@ -64,9 +64,9 @@ def run(config: TrainConfig, ends_process: bool = False) -> int:
         on_main(engine, lambda: stack.enter_context(locked(directory)))
         checkpoint = on_main(engine, lambda: find_checkpoint(directory / "checkpoints", config.resume))
         training = build_run(config, engine, checkpoint, session.stop)
-        log = open_run(training, resumed=checkpoint is not None)
+        log, begun = open_run(training, resumed=checkpoint is not None), training.state.step
         train(training, log)
-        finish_run(training, log)
+        finish_run(training, log, begun)
     return session.exit_code
 
 

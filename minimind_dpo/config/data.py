@@ -125,13 +125,9 @@ def data_problems(config: TrainConfig, skip: set[str]) -> list[str]:
             problems.append("eval_split: stands beside eval_data, which is evaluated on? remove one of them")
         if isfinite(size) and size > 1 and not float(size).is_integer():
             problems.append(f"eval_split: must be a share below 1 or a whole number of pairs, is {size}")
-    if (
-        config.eval_steps is not None
-        and not config.eval_data
-        and size is None
-        and not skip & {"eval_data", "eval_split"}
-    ):
-        problems.append("eval_steps: needs eval_data or eval_split")
+    if not config.eval_data and size is None and not skip & {"eval_data", "eval_split"}:
+        wanting = {name: getattr(config, name) for name in ("eval_steps", "metric_for_best_model")}
+        problems += [f"{name}: needs eval_data or eval_split" for name, value in wanting.items() if value is not None]
     try:
         check_day(config.template_date)
     except ValueError as error:

@@ -79,7 +79,8 @@ def _resolve(config: TrainConfig) -> TrainConfig:
     if warmup is None:
         warmup = 0.0 if config.lr_scheduler_type in _WITHOUT_WARMUP else _WARMUP_RATIO
     paths = {name: os.path.expanduser(getattr(config, name)) for name in ("output_dir", "resume")}
-    return with_loss_settings(replace(config, warmup_ratio=warmup, **paths))
+    best = config.metric_for_best_model or ("loss" if config.load_best_model_at_end else None)
+    return with_loss_settings(replace(config, warmup_ratio=warmup, metric_for_best_model=best, **paths))
 
 
 def save_config(config: TrainConfig, path: Path) -> None:

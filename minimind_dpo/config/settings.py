@@ -177,7 +177,12 @@ class TrainConfig:
     save_steps: int = _free(
         100, "optimizer steps between checkpoints; 0 saves none except on a signal", bounds=NOT_NEGATIVE
     )
-    save_total_limit: int = _free(2, "checkpoints kept; 0 keeps all", bounds=NOT_NEGATIVE)
+    save_total_limit: int = _free(2, "checkpoints kept, the best among them; 0 keeps all", bounds=NOT_NEGATIVE)
+    metric_for_best_model: str | None = _free(
+        None, "a metric of evaluations, say logps/accuracies: the checkpoint that is best by it is kept"
+    )
+    greater_is_better: bool | None = _free(None, "whether more of that metric is better (default: unless it is a loss)")
+    load_best_model_at_end: bool = _free(False, "model/ is of the best checkpoint (by the loss, if no metric is named)")
     resume: str = _free("auto", "auto: newest complete checkpoint of output_dir | never | PATH of one")
     max_hours: float | None = _free(
         None, "hours after which the run stops with a checkpoint, to be started again", bounds=POSITIVE

@@ -11,11 +11,12 @@ from minimind_dpo.checkpoints.directory import save_checkpoint
 from minimind_dpo.errors import StoppedEarly
 from minimind_dpo.models.saving import describe_adapter, describe_model
 from minimind_dpo.training.batches import load_steps
+from minimind_dpo.training.best import take_best
 from minimind_dpo.training.evaluation import evaluate
 from minimind_dpo.training.health import HealthWatch
 from minimind_dpo.training.metrics import peak_memory_gib
 from minimind_dpo.training.numbers import StepNumbers, StepResult, read_step
-from minimind_dpo.training.progress import Clock, progress_bar, show
+from minimind_dpo.training.progress import Clock, progress_bar, show, tell_evaluation
 from minimind_dpo.training.run import Run
 from minimind_dpo.training.run_directory import RunLog
 from minimind_dpo.training.schedule import is_due, learning_rate_schedule
@@ -43,8 +44,8 @@ def train(run: Run, log: RunLog) -> None:
     progress = progress_bar(run)
     unread: deque[StepResult] = deque()
     stopped = False
-    if log.lacks_evaluation(run):
-        _evaluate(run, log, clock)
+    if log.lacks_evaluation(run) and _evaluate(run, log, clock):
+        _save(run, log, clock)
     for step in steps:
         unread.append(optimizer_step(run, step, schedule(step.plan.step)))
         state.step = step.plan.step
@@ -64,9 +65,8 @@ def train(run: Run, log: RunLog) -> None:
             _log_step(run, log, numbers, result.learning_rate, clock)
             watch.look()
         stops = stopped and not last
-        if evaluates and not stops:
-            _evaluate(run, log, clock)
-        if stopped or (saves and config.save_steps):
+        best = evaluates and not stops and _evaluate(run, log, clock)
+        if stopped or best or (saves and config.save_steps):
             _save(run, log, clock)
         if stops:
             progress.close()
@@ -80,21 +80,24 @@ def _steps_ahead(run: Run) -> int:
     return 0 if run.engine.device.type == "cpu" else 1
 
 
-def _evaluate(run: Run, log: RunLog, clock: Clock) -> None:
-    """Record an evaluation. One that is stopped is made again when the run goes on.
+def _evaluate(run: Run, log: RunLog, clock: Clock) -> bool:
+    """Record an evaluation; whether it is the best so far. One that is stopped is made again when the run goes on.
 
     Raises:
         StoppedEarly: it was stopped; a checkpoint of the step is written.
     """
     if not run.eval_sets:
-        return
+        return False
     try:
-        log.record(run, evaluate(run))
+        values = evaluate(run)
     except StoppedEarly:
         if run.state.step > 0:
             _save(run, log, clock)
         raise
+    log.record(run, values)
+    tell_evaluation(run, values)
     clock.restart()
+    return take_best(run, values)
 
 
 def _log_step(run: Run, log: RunLog, numbers: StepNumbers, learning_rate: float, clock: Clock) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -10,6 +13,8 @@ from tqdm.auto import tqdm
 from minimind_dpo.checkpoints.state import TrainerState
 from minimind_dpo.objective.sums import PairTotals
 from minimind_dpo.training.run import Run
+
+logger = logging.getLogger(__name__)
 
 
 def progress_bar(run: Run) -> Any:
@@ -32,6 +37,61 @@ def show(progress: Any, totals: PairTotals, clock: Clock) -> None:
         f"margin {means['rewards/margins']:.3f} {clock.rates()[0]:.1f} pairs/s",
         refresh=False,
     )
+
+
+# what is told of an evaluation, most telling first: name, and how it is written
+_TOLD = (
+    ("loss", "{:.4f}"),
+    ("rewards/accuracies", "{:.1%}"),
+    ("rewards/margins", "{:.3f}"),
+    ("logps/accuracies", "{:.1%}"),
+    ("logps/chosen", "{:.2f}"),
+)
+
+
+def tell_evaluation(run: Run, values: dict[str, float]) -> None:
+    """A line on the console for each set of held-out pairs."""
+    with tqdm.external_write_mode(file=sys.stderr):  # not into the bar
+        for prefix, name in _eval_prefixes(values):
+            told = ", ".join(f"{metric} {text.format(values[prefix + metric])}" for metric, text in _TOLD)
+            logger.info("evaluation at step %d%s: %s", run.state.step, name and f" of {name}", told)
+
+
+def tell_end(run: Run, summary: dict[str, Any], begun: int, report: Path) -> None:
+    """Say what was done, what it changed on held-out pairs, and where things are."""
+    steps, best = run.state.step, run.state.best
+    for line in _before_and_after(summary.get("eval_before", {}), summary.get("eval_after", {})):
+        logger.info(line)
+    if best is not None:
+        of_it = ", which model/ is of" if summary["model_step"] == best["step"] else ""
+        logger.info("best by %s: %.4g at step %d%s", best["metric"], best["value"], best["step"], of_it)
+    done = f"done: {steps} steps" + (f", {steps - begun} of them now" if begun else "")
+    logger.info(
+        "%s, %d pairs, %.1f s; model in %s, report in %s",
+        done if begun < steps else f"nothing was left to do: the run had already gone its {steps} steps",
+        summary["pairs_seen"],
+        run.state.seconds,
+        run.output_dir / "model",
+        report,
+    )
+
+
+def _before_and_after(before: dict[str, float], after: dict[str, float]) -> list[str]:
+    """Lines that compare a run's first and last evaluation."""
+    lines = []
+    for prefix, name in _eval_prefixes(before):
+        lines.append(f"held-out pairs{name and f' ({name})'}, before -> after:")
+        for metric, text in _TOLD:
+            values = [each.get(prefix + metric) for each in (before, after)]
+            shown = ["-" if value is None else text.format(value) for value in values]
+            lines.append(f"  {metric:<20}{shown[0]:>9} -> {shown[1]:>9}")
+    return lines
+
+
+def _eval_prefixes(values: dict[str, float]) -> list[tuple[str, str]]:
+    """What the metrics of each set of held-out pairs begin with, and its name."""
+    found = [name.removesuffix("dpo_loss") for name in values if name.endswith("_dpo_loss")]
+    return [(prefix, prefix.removeprefix("eval_").removesuffix("_")) for prefix in found]
 
 
 class Clock:

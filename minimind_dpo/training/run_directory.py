@@ -27,7 +27,9 @@ from minimind_dpo.models.portable import make_portable
 from minimind_dpo.models.probe import check_written, probe
 from minimind_dpo.models.saving import save_adapter, save_model, seal_model
 from minimind_dpo.report.page import write_report
+from minimind_dpo.training.best import load_best
 from minimind_dpo.training.metrics import MetricsFile, peak_memory_gib
+from minimind_dpo.training.progress import tell_end
 from minimind_dpo.training.run import Run
 from minimind_dpo.training.schedule import is_due
 from minimind_dpo.training.trackers import start_trackers
@@ -157,28 +159,25 @@ def _compare(metrics: MetricsFile, state: TrainerState) -> None:
         )
 
 
-def finish_run(run: Run, log: RunLog) -> None:
+def finish_run(run: Run, log: RunLog, begun: int) -> None:
     """Write model/ (with LoRA also adapter/), summary.json and report.html. Collective.
+
+    `begun` is the step that this session began after.
 
     Raises:
         TrainingError: LoRA's matrices were not merged into model/ as the policy has them.
     """
     directory, state = run.output_dir, run.state
-    peak = peak_memory_gib(run.engine)
+    peak, model_step = peak_memory_gib(run.engine), load_best(run)
     with writing(directory, "output_dir"):
         _write_model(run, directory)
         if log.metrics is not None:
             summary = _summary(run, log.metrics.lines(), peak)
+            if state.best is not None:
+                summary |= {"best": state.best, "model_step": model_step}
             write_text(directory / "summary.json", json.dumps(summary, indent=1))
             report = write_report(directory)
-            logger.info(
-                "done: %d steps, %d pairs, %.1f s; model in %s, report in %s",
-                state.step,
-                summary["pairs_seen"],
-                state.seconds,
-                directory / "model",
-                report,
-            )
+            tell_end(run, summary, begun, report)
     run.engine.wait()
 
 
