@@ -128,6 +128,10 @@ def data_problems(config: TrainConfig, skip: set[str]) -> list[str]:
     if not config.eval_data and size is None and not skip & {"eval_data", "eval_split"}:
         wanting = {name: getattr(config, name) for name in ("eval_steps", "metric_for_best_model")}
         problems += [f"{name}: needs eval_data or eval_split" for name, value in wanting.items() if value is not None]
+        if config.generate_prompts is not None and "generate_prompts" not in skip:
+            problems.append("generate_prompts: is for evaluations, which need eval_data or eval_split")
+    if config.generate_prompts is not None and config.generate_prompts.isdigit() and not int(config.generate_prompts):
+        problems.append("generate_prompts: 0 prompts are none; remove it, or give a number above 0, or a file")
     try:
         check_day(config.template_date)
     except ValueError as error:

@@ -174,6 +174,11 @@ class TrainConfig:
     eval_steps: int | None = _free(
         None, "optimizer steps between evaluations (always before and after)", bounds=POSITIVE
     )
+    generate_prompts: str | None = _free(
+        None, "prompts that the policy answers at each evaluation: a file, or a number of held-out pairs of each set"
+    )
+    max_new_tokens: int = _free(128, "tokens after which such an answer is cut off", bounds=POSITIVE)
+    temperature: float = _free(0.0, "of sampling such answers; 0 takes the likeliest tokens", bounds=NOT_NEGATIVE)
     save_steps: int = _free(
         100, "optimizer steps between checkpoints; 0 saves none except on a signal", bounds=NOT_NEGATIVE
     )

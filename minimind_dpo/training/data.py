@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from minimind_dpo.config import TrainConfig
 from minimind_dpo.config.data import named_sets
 from minimind_dpo.data.order import PairOrder, total_steps
+from minimind_dpo.data.prompts import Prompt, read_prompts
 from minimind_dpo.data.sources import Source
 from minimind_dpo.data.tokenized import TokenizedData, tokenize_files
 from minimind_dpo.engine.protocol import Engine
@@ -90,6 +91,19 @@ def held_out_sets(config: TrainConfig, tokenizer: Any, go_on: Callable[[], None]
     if config.eval_split is not None:
         return {"": _tokenize(config, config.train_data, tokenizer, go_on, held_out=True)}
     return {name: _tokenize(config, data, tokenizer, go_on) for name, data in named_sets(config.eval_data).items()}
+
+
+def configured_prompts(config: TrainConfig, sets: Mapping[str, TokenizedData], tokenizer: Any) -> list[Prompt]:
+    """The prompts that `generate_prompts` names, of a file or of the held-out sets.
+
+    Raises:
+        UserError: there is no such file, or a row of it has no prompt.
+    """
+    if config.generate_prompts is None:
+        return []
+    sources = named_sets(config.eval_data)
+    made_of = [(sources.get(name, config.train_data), data) for name, data in sets.items()]
+    return read_prompts(config.generate_prompts, made_of, tokenizer, config.columns, config.template_date)
 
 
 def _tokenize(

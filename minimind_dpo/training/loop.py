@@ -17,6 +17,7 @@ from minimind_dpo.training.health import HealthWatch
 from minimind_dpo.training.metrics import peak_memory_gib
 from minimind_dpo.training.numbers import StepNumbers, StepResult, read_step
 from minimind_dpo.training.progress import Clock, progress_bar, show, tell_evaluation
+from minimind_dpo.training.replies import live_replies, reply_metrics
 from minimind_dpo.training.run import Run
 from minimind_dpo.training.run_directory import RunLog
 from minimind_dpo.training.schedule import is_due, learning_rate_schedule
@@ -90,11 +91,14 @@ def _evaluate(run: Run, log: RunLog, clock: Clock) -> bool:
         return False
     try:
         values = evaluate(run)
+        replies = live_replies(run) if run.prompts else []
     except StoppedEarly:
         if run.state.step > 0:
             _save(run, log, clock)
         raise
+    values |= reply_metrics(replies)
     log.record(run, values)
+    log.record_replies(replies)
     tell_evaluation(run, values)
     clock.restart()
     return take_best(run, values)

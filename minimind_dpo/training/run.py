@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from minimind_dpo.checkpoints.state import TrainerState
 from minimind_dpo.config import TrainConfig
 from minimind_dpo.data.order import PairOrder, StepPlan, plan_steps
+from minimind_dpo.data.prompts import Prompt
 from minimind_dpo.data.tokenized import TokenizedData
 from minimind_dpo.ending import StopRequest
 from minimind_dpo.engine.protocol import Engine, unwrap
@@ -43,6 +44,7 @@ class Run:
         tokenizer: saved with every model.
         stop: whether this process was asked to stop.
         end_token_ids: of the tokens that end an answer, on the engine's device.
+        prompts: that the policy answers at each evaluation.
     """
 
     config: TrainConfig
@@ -60,6 +62,7 @@ class Run:
     tokenizer: Any
     stop: StopRequest
     end_token_ids: Tensor
+    prompts: list[Prompt]
 
     @property
     def policy(self) -> Any:

@@ -37,7 +37,7 @@ from minimind_dpo.training.trackers import start_trackers
 logger = logging.getLogger(__name__)
 
 _DIRECTORIES = ("checkpoints", "model", "adapter")
-_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "report.html")
+_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "report.html")
 
 
 @contextmanager
@@ -102,9 +102,11 @@ class RunLog:
 
     Attributes:
         metrics: None on all other processes.
+        samples: the policy's replies; None there too, and where it is asked for none.
     """
 
     metrics: MetricsFile | None
+    samples: MetricsFile | None
 
     def record(self, run: Run, values: dict[str, float]) -> None:
         """Write the values of the run's present step, with its place."""
@@ -113,6 +115,12 @@ class RunLog:
         if self.metrics is not None:
             self.metrics.append({"step": step, "epoch": epoch, "pairs_seen": pairs_seen} | values)
         run.engine.track(_numbers(values) | {"epoch": epoch, "pairs_seen": pairs_seen}, step)
+
+    def record_replies(self, replies: list[dict[str, Any]]) -> None:
+        """Write what the policy answered at the run's present step, as `training/replies.py` has it."""
+        if self.samples is not None:
+            for reply in replies:
+                self.samples.append(reply)
 
     def lacks_evaluation(self, run: Run) -> bool:
         """Whether the run's present step has an evaluation, which is not recorded. Collective."""
@@ -132,18 +140,20 @@ class RunLog:
 
 def open_run(run: Run, resumed: bool) -> RunLog:
     """Prepare the run directory for the steps to come, and start the trackers. Collective."""
-    metrics = None
+    metrics = samples = None
     if run.engine.is_main:
         with writing(run.output_dir, "output_dir"):
             sweep(run.output_dir)
             if resumed:
                 set_aside_later(run.output_dir / "checkpoints", run.state.step)
             save_config(run.config, run.output_dir / "config.yaml")
-        metrics = MetricsFile(run.output_dir / "metrics.jsonl", last_step=run.state.step if resumed else None)
+        last_step = run.state.step if resumed else None
+        metrics = MetricsFile(run.output_dir / "metrics.jsonl", last_step)
+        samples = MetricsFile(run.output_dir / "samples.jsonl", last_step) if run.prompts else None
         _compare(metrics, run.state)
     start_trackers(run.config, run.engine, run.state)
     run.engine.wait()
-    return RunLog(metrics)
+    return RunLog(metrics, samples)
 
 
 def _compare(metrics: MetricsFile, state: TrainerState) -> None:
