@@ -27,6 +27,7 @@ SETTINGS = (
     *("loss_type", "loss_weights", "beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef"),
     *("ld_alpha", "use_weighting", "ddp_timeout", "seed"),
 )
+_REPLIES = ("generate_prompts", "max_new_tokens", "temperature")
 _OWN = ("model", "data", "baseline", "by", "pairs", "json")
 
 
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     group = parser.add_argument_group("settings", "those of train; a run's own are the defaults where it is evaluated")
     add_settings(group, SETTINGS)
+    add_settings(parser.add_argument_group("replies", "of the model and the baseline, side by side"), _REPLIES)
     add_loss_settings(parser)
     return parser
 

@@ -247,3 +247,27 @@ def test_mistakes_are_told_plainly(
     (started / "checkpoints").mkdir()
     assert "neither model/ nor a checkpoint" in refused("--model", started)
     assert "beta: must be positive" in refused("--model", trained, "--beta", "0")
+
+
+def test_replies_side_by_side(
+    inputs: Inputs, trained: Path, tmp_path: Path, forks: Forks, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of each model on its own, whatever the rank count; for people in columns."""
+    flags = ["--model", str(trained), "--generate_prompts", "3", "--max_new_tokens", "5"]
+    found = evaluate(capsys, *flags)
+    for who, path in (("model", trained), ("baseline", inputs.model)):
+        alone = evaluate(capsys, "--model", path, "--data", inputs.eval_data, "--baseline", path, *flags[2:])
+        assert [each[who] for each in found["replies"]] == [each["model"] for each in alone["replies"]]
+        own = [each[who] for each in found["replies"]]
+        assert found["reply_means"][who]["tokens"] == sum(reply["tokens"] for reply in own) / 3
+        assert all(reply["tokens"] == 5 or reply["ended"] for reply in own)
+    first = json.loads(inputs.eval_data.read_text().splitlines()[0])["chosen"][-2]["content"]
+    assert found["replies"][0]["prompt"] == first
+    codes = forks.run([*flags, "--json"], tmp_path, "ds_zero3_cpu", program="minimind_dpo.evaluate")
+    said = (tmp_path / "log").read_text("utf-8")
+    assert set(codes) == {0}, said
+    assert json.dumps(found, ensure_ascii=False) in said.splitlines()
+    assert cli.main(["evaluate", *flags]) == 0
+    told = capsys.readouterr().out
+    assert f"  baseline: {found['replies'][0]['baseline']['reply']}"[:30].rstrip() in told
+    assert "model: 5.0 tokens a reply" in told or not all(each["model"]["tokens"] == 5 for each in found["replies"])

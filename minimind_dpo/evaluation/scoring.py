@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from minimind_dpo.config import TrainConfig
+from minimind_dpo.data.prompts import Prompt
 from minimind_dpo.data.tokenized import TokenizedData
 from minimind_dpo.engine.protocol import Engine, unwrap
-from minimind_dpo.engine.ranks import decide
+from minimind_dpo.engine.ranks import decide, stop_together
 from minimind_dpo.evaluation.pairs import Stored
+from minimind_dpo.models.generation import Manner, generate
 from minimind_dpo.objective.layout import choose_layout
 from minimind_dpo.objective.scoring import PairScorer
 from minimind_dpo.reference.cache import Needed
@@ -22,6 +25,8 @@ from minimind_dpo.reference.choosing import make_cache, weight_rounding
 from minimind_dpo.reference.digest import reference_digest
 from minimind_dpo.reference.filling import fill_cache
 from minimind_dpo.reference.sources import CachedReference
+from minimind_dpo.training.fitting import end_token_ids
+from minimind_dpo.training.replies import told_replies
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +39,13 @@ class Judge(NamedTuple):
     Attributes:
         engine: of all of them.
         sets: held-out pairs, by name.
+        prompts: that they answer.
         stop: whether this process was asked to stop.
     """
 
     engine: Engine
     sets: Mapping[str, TokenizedData]
+    prompts: Sequence[Prompt]
     stop: Callable[[], bool]
 
     def ready(self, config: TrainConfig, model: PreTrainedModel) -> nn.Module:
@@ -72,6 +79,20 @@ class Judge(NamedTuple):
                 fill_cache(engine, cache, scorer, layout, [Needed(data, range(len(data)))], self.stop, kind)
                 found.setdefault(name, []).append(CachedReference(cache))
         return {name: Stored(*caches) for name, caches in found.items()}
+
+    def replies(self, config: TrainConfig, scorer: nn.Module, tokenizer: Any) -> list[dict[str, Any]]:
+        """A model's replies to the prompts, as `training/replies.py` tells them.
+
+        Raises:
+            StoppedEarly: a signal to any rank.
+        """
+        model = unwrap(scorer).model
+        manner = Manner(
+            end_token_ids(model, tokenizer).tolist(), config.max_new_tokens, config.temperature, config.seed
+        )
+        check = partial(stop_together, self.engine, self.stop, "while models answered prompts")
+        replies = generate(self.engine, model, [prompt.ids for prompt in self.prompts], manner, check)
+        return told_replies(self.prompts, replies, tokenizer, manner)
 
 
 def compare_digest(engine: Engine, model: PreTrainedModel, noted: str | None) -> str:

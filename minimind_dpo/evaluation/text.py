@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import Any
 
 _HIDDEN = ("pairs", "interval", "by", "by_length", "length_correlation")
@@ -22,6 +24,30 @@ def as_text(name: str, found: dict[str, Any]) -> str:
         if groups:
             lines += ["", *_groups(title, groups)]
     return "\n".join(lines)
+
+
+def replies_as_text(told: dict[str, Any], width: int) -> str:
+    """Prompts with the replies of model and baseline side by side, and what can be measured of them."""
+    who = list(told["reply_means"])
+    lines = []
+    for each in told["replies"]:
+        lines += ["", *textwrap.wrap(each["prompt"], width)]
+        lines += beside([f"{name}: {each[name]['reply']}" for name in who], width)
+    lines.append("")
+    for name, means in told["reply_means"].items():
+        lines.append(
+            f"{name}: {means['tokens']:.1f} tokens a reply, {means['repetition']:.1%} of their 4-grams repeated, "
+            f"{means['ended']:.0%} ended by itself"
+        )
+    return "\n".join(lines).lstrip("\n")
+
+
+def beside(texts: Sequence[str], width: int) -> list[str]:
+    """Lines with texts next to each other, in columns that share `width` characters."""
+    own = max(width // len(texts) - 2, 30)
+    columns = [textwrap.wrap(text, own - 2) or [""] for text in texts]
+    rows = zip_longest(*columns, fillvalue="")
+    return [("  " + "".join(f"{cell:<{own}}" for cell in row)).rstrip() for row in rows]
 
 
 def _line(metric: str, found: dict[str, Any]) -> str:

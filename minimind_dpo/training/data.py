@@ -30,12 +30,14 @@ class RunData:
         eval: sets of held-out pairs, by name; that of a single set is empty.
         order: of the training pairs.
         steps: optimizer steps of the run.
+        prompts: that the policy answers at each evaluation.
     """
 
     train: TokenizedData
     eval: dict[str, TokenizedData]
     order: PairOrder
     steps: int
+    prompts: list[Prompt]
 
     def __str__(self) -> str:
         return f"{self.order.num_pairs} pairs, {self.steps} optimizer steps of {self.order.global_batch} pairs"
@@ -67,7 +69,7 @@ def load_data(config: TrainConfig, engine: Engine, tokenizer: Any, stop: Callabl
     global_batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * engine.world_size
     order = PairOrder(len(train), global_batch, config.seed, config.shuffle)
     steps = total_steps(order.num_pairs, order.global_batch, config.num_train_epochs, config.max_steps)
-    return RunData(train, held_out, order, steps)
+    return RunData(train, held_out, order, steps, configured_prompts(config, held_out, tokenizer))
 
 
 def tokenizer_path(config: TrainConfig) -> str:

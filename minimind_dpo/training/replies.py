@@ -11,6 +11,8 @@ from minimind_dpo.engine.ranks import stop_together
 from minimind_dpo.models.generation import Manner, generate, repetition
 from minimind_dpo.training.run import Run
 
+REPLY_VALUES = ("reply", "tokens", "repetition", "ended")  # of each prompt's text
+
 
 def live_replies(run: Run) -> list[dict[str, Any]]:
     """The policy's replies to the run's prompts as it is now, a dict each. Collective.

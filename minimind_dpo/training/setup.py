@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from minimind_dpo.data.chat import load_tokenizer
 from minimind_dpo.ending import StopRequest
 from minimind_dpo.engine.optimizers import make_optimizer
 from minimind_dpo.engine.protocol import Engine, unwrap
-from minimind_dpo.engine.ranks import decide, on_main, stop_together
+from minimind_dpo.engine.ranks import decide, stop_together
 from minimind_dpo.errors import UserError
 from minimind_dpo.models.adapters import add_adapters
 from minimind_dpo.models.bases import AdapterBase, note_base
@@ -29,7 +28,7 @@ from minimind_dpo.objective.preference import Preference
 from minimind_dpo.objective.scoring import PairScorer
 from minimind_dpo.reference.choosing import load_reference, make_following, make_reference
 from minimind_dpo.reference.following import FollowingReference
-from minimind_dpo.training.data import RunData, configured_prompts, load_data, tokenizer_path
+from minimind_dpo.training.data import RunData, load_data, tokenizer_path
 from minimind_dpo.training.fitting import check_fits, check_loss, check_reference_tokenizer, end_token_ids
 from minimind_dpo.training.recipes import name_recipe
 from minimind_dpo.training.run import Run
@@ -55,12 +54,10 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
     if checkpoint is None:
         name_recipe(config, policy)
     data = load_data(config, engine, tokenizer, stop.signalled)
-    prompts = on_main(engine, partial(configured_prompts, config, data.eval, tokenizer))
     # from CPU memory, before the policy moves
     loaded = load_reference(config, engine, policy, load_configured, single_pass=data.is_single_pass())
     known = _known(config, (policy, loaded.model), tokenizer, data)
-    known |= {"dtype": dtype, "reference_digest": loaded.digest}
-    state = _state(config, engine, data, known, checkpoint)
+    state = _state(config, engine, data, known | {"dtype": dtype, "reference_digest": loaded.digest}, checkpoint)
     scorer = _trainable(config, policy, dtype)
     trained = (parameter for parameter in scorer.parameters() if parameter.requires_grad)
     optimizer = make_optimizer(trained, config.learning_rate, config.weight_decay, config.optim)
@@ -89,7 +86,7 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
         tokenizer=tokenizer,
         stop=stop,
         end_token_ids=end_token_ids(policy, tokenizer).to(engine.device),
-        prompts=prompts,
+        prompts=data.prompts,
     )
 
 
