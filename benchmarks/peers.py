@@ -57,7 +57,7 @@ def contest(name: str, job: Job, gate: Gate) -> None:
 def ours(name: str, job: Job, gate: Gate) -> None:
     """The product: a run put together and trained by its own entry points, with a gate in place of metrics.jsonl."""
     from minimind_dpo.training.loop import train
-    from minimind_dpo.training.run_directory import RunLog
+    from minimind_dpo.training.run_log import RunLog
 
     run = built(name, job)
     with run.stop:

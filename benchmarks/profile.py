@@ -43,7 +43,7 @@ from minimind_dpo.training import loop
 from minimind_dpo.training import step as stepping_module
 from minimind_dpo.training.batches import LoadedStep
 from minimind_dpo.training.run import Run
-from minimind_dpo.training.run_directory import RunLog
+from minimind_dpo.training.run_log import RunLog
 from minimind_dpo.training.setup import build_run
 
 PHASES = (

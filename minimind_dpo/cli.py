@@ -13,6 +13,7 @@ from minimind_dpo.errors import EXIT_DONE, EXIT_USAGE
 VERBS = {
     "train": ("minimind_dpo.train", "main", "train a model on preference pairs"),
     "precompute": ("minimind_dpo.precompute", "main", "fill the reference cache that train reads"),
+    "evaluate": ("minimind_dpo.evaluate", "main", "figures of a model on held-out pairs, beside its start"),
     "demo": ("minimind_dpo.demo.run", "run_demo", "train the embedded demo and show replies before and after"),
     "data inspect": ("minimind_dpo.data.inspect", "run_inspect", "show a pair as the model sees it"),
     "data check": ("minimind_dpo.data.check", "run_check", "find what is wrong with data before a run is spent on it"),

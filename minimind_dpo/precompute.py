@@ -73,9 +73,9 @@ def _precompute(config: TrainConfig, session: Session) -> None:
     with engine.loading_reference(offload=False):
         model = load_reference_start(config, engine)
     data = load_data(config, engine, tokenizer, session.stop.signalled)
-    check_fits((model,), tokenizer, (data.train, data.eval), config.max_length)
+    check_fits((model,), tokenizer, data.parts(), config.max_length)
     if config.ref_model_name_or_path is not None:
-        check_reference_tokenizer(config.ref_model_name_or_path, tokenizer, (data.train, data.eval))
+        check_reference_tokenizer(config.ref_model_name_or_path, tokenizer, data.parts())
     needed = data.needed()
     digest = reference_digest(model, engine.weights_dtype)
     scorer = engine.freeze(PairScorer(model, config.matmul), False, weight_rounding(config))

@@ -67,7 +67,8 @@ def run(config: TrainConfig, ends_process: bool = False, callbacks: Sequence[Cal
     from minimind_dpo.training.conclusion import conclude
     from minimind_dpo.training.loop import train
     from minimind_dpo.training.progress import StepProgress
-    from minimind_dpo.training.run_directory import finish_run, locked, open_run
+    from minimind_dpo.training.run_directory import finish_run, locked
+    from minimind_dpo.training.run_log import open_run
     from minimind_dpo.training.session import Session
     from minimind_dpo.training.setup import build_run
 
@@ -79,8 +80,7 @@ def run(config: TrainConfig, ends_process: bool = False, callbacks: Sequence[Cal
         log, begun = open_run(training, checkpoint is not None, callbacks), training.state.step
         with StepProgress(training) as progress:
             train(training, replace(log, progress=progress))
-        finish_run(training, log)
-        conclude(training, log, begun)
+        conclude(training, log, finish_run(training, log), begun)
     return session.exit_code
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from minimind_dpo.bounds import POSITIVE
 from minimind_dpo.losses import INPUTS, LOSSES, Setting, own_settings, register_loss
+from minimind_dpo.losses.bounds import POSITIVE
 from minimind_dpo.objective.preference import PairLogps, Preference, dpo_losses, implicit_rewards, next_running_logits
 
 # Two pairs. Log-ratios of the sums: chosen 1 and -1, rejected -1 and 1, so the logits are 2 and -2.

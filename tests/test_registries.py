@@ -13,10 +13,10 @@ from helpers_run import Inputs, lines, train_here, train_lines
 from torch import Tensor
 
 from minimind_dpo import TrainConfig, train_dpo
-from minimind_dpo.bounds import POSITIVE
 from minimind_dpo.config import load_config
 from minimind_dpo.errors import UserError
 from minimind_dpo.losses import LOSSES, Setting, register_loss
+from minimind_dpo.losses.bounds import POSITIVE
 
 
 def squared_loss(logits: Tensor, beta: float, squared_target: float) -> Tensor:

@@ -38,7 +38,7 @@ def save_checkpoint(
 ) -> Path:
     """Write `directory`/step-N; every rank must call it, and sees the same file system.
 
-    Older checkpoints are deleted only once the new one is in place, down to `keep` (0 keeps all).
+    Older checkpoints are deleted only once the new one is in place, down to `keep` (0 keeps all), but for the best.
 
     Args:
         engine: whose state is saved.
@@ -51,7 +51,7 @@ def save_checkpoint(
         UserError: the directory can't be written to, or what the main process made is not there for another rank.
         TrainingError: the disk is full.
     """
-    final = directory / f"step-{state.step:06d}"
+    final = checkpoint_of(directory, state.step)
     partial = directory / f".step-{state.step:06d}.partial"
     try:
         with writing(partial, "output_dir"):
@@ -60,7 +60,7 @@ def save_checkpoint(
                 put_in_place(
                     partial, final
                 )  # which is there where an older checkpoint was resumed and comes to it again
-                _prune(directory, keep)
+                _prune(directory, keep, None if state.best is None else state.best["step"])
     except Exception:
         if engine.is_main and partial.is_dir() and not partial.is_symlink():
             shutil.rmtree(partial, ignore_errors=True)
@@ -202,13 +202,18 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _prune(directory: Path, keep: int) -> None:
+def _prune(directory: Path, keep: int, best: int | None) -> None:
+    """Remove what is half written, and all but `keep` checkpoints: the newest, and that of the `best` step."""
     for path in directory.iterdir():
         if _PARTIAL_NAME.fullmatch(path.name) and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
     if keep:
-        for path in _newest_first(directory)[keep:]:
-            discard(path)
+        newest_first = _newest_first(directory)
+        if any(_step_of(path) == best for path in newest_first[keep:]):
+            keep = max(keep - 1, 1)  # one of them is the best
+        for path in newest_first[keep:]:
+            if _step_of(path) != best:
+                discard(path)
 
 
 def _newest_first(directory: Path) -> list[Path]:
@@ -218,6 +223,11 @@ def _newest_first(directory: Path) -> list[Path]:
         key=_step_of,
         reverse=True,
     )
+
+
+def checkpoint_of(directory: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return directory / f"step-{step:06d}"
 
 
 def _step_of(path: Path) -> int:

@@ -26,6 +26,7 @@ class TrainerState:
         skipped_steps: optimizer steps that changed nothing, since their loss or gradient was not finite.
         running_logits: the running mean of the steps' mean logits, for losses that look back at it.
         metrics: how many lines of metrics.jsonl were written, and their checksum.
+        best: the best evaluation so far: its `metric`, `value` and `step`.
     """
 
     step: int = 0
@@ -36,6 +37,7 @@ class TrainerState:
     skipped_steps: list[int] = field(default_factory=list)
     running_logits: float = 0.0
     metrics: list[Any] | None = None  # checkpoints had none once
+    best: dict[str, Any] | None = None  # nor this
 
 
 def read_state(checkpoint: Path) -> TrainerState:

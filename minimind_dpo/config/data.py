@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import date
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 from minimind_dpo.config.settings import TrainConfig
@@ -15,6 +17,8 @@ COLUMNS = (
     "prompt chosen rejected system tools weight margin id conversations messages chosen_messages rejected_messages "
     "rejected_response instruction input output history question query response"
 ).split()
+
+_NAMED = re.compile(r"([A-Za-z][A-Za-z0-9_-]*)=(.+)")
 
 
 def to_columns(value: Any) -> list[str]:
@@ -43,6 +47,44 @@ def read_columns(words: list[str]) -> list[str]:
         return to_columns(words) if words else []
     except ValueError as error:
         raise UserError(f"--columns: {error}") from None
+
+
+def to_sets(value: Any) -> list[str]:
+    """Names of data, each perhaps `set=` before it; a mapping of sets to one or several names gives the same.
+
+    Raises:
+        ValueError: it is none of these, or only some have a set.
+    """
+    if isinstance(value, Mapping):
+        value = [
+            f"{name}={item}"
+            for name, items in value.items()
+            for item in (items if isinstance(items, list) else [items])
+        ]
+    items = value if isinstance(value, list) else [value]
+    if not all(isinstance(item, str) for item in items):
+        raise ValueError(f"expected one text, a list of texts, or name: DATA, found {value!r}")
+    named = [bool(_set_of(item)[0]) for item in items]
+    if any(named) and not all(named):
+        raise ValueError(
+            f"{items[named.index(False)]} needs a name as the others have: name={items[named.index(False)]}"
+        )
+    return items
+
+
+def named_sets(told: list[str]) -> dict[str, list[str]]:
+    """What `to_sets` gives by the sets' names; of data without one the name is empty."""
+    sets: dict[str, list[str]] = {}
+    for item in told:
+        name, data = _set_of(item)
+        sets.setdefault(name, []).append(data)
+    return sets
+
+
+def _set_of(item: str) -> tuple[str, str]:
+    """The name of a set and what is in it; a file that has such a name is meant itself."""
+    found = _NAMED.fullmatch(item)
+    return ("", item) if found is None or Path(item).exists() else (found[1], found[2])
 
 
 def to_sources(value: Any) -> list[str | dict[str, Any]]:
@@ -83,13 +125,13 @@ def data_problems(config: TrainConfig, skip: set[str]) -> list[str]:
             problems.append("eval_split: stands beside eval_data, which is evaluated on? remove one of them")
         if isfinite(size) and size > 1 and not float(size).is_integer():
             problems.append(f"eval_split: must be a share below 1 or a whole number of pairs, is {size}")
-    if (
-        config.eval_steps is not None
-        and not config.eval_data
-        and size is None
-        and not skip & {"eval_data", "eval_split"}
-    ):
-        problems.append("eval_steps: needs eval_data or eval_split")
+    if not config.eval_data and size is None and not skip & {"eval_data", "eval_split"}:
+        wanting = {name: getattr(config, name) for name in ("eval_steps", "metric_for_best_model")}
+        problems += [f"{name}: needs eval_data or eval_split" for name, value in wanting.items() if value is not None]
+        if config.generate_prompts is not None and "generate_prompts" not in skip:
+            problems.append("generate_prompts: is for evaluations, which need eval_data or eval_split")
+    if config.generate_prompts is not None and config.generate_prompts.isdigit() and not int(config.generate_prompts):
+        problems.append("generate_prompts: 0 prompts are none; remove it, or give a number above 0, or a file")
     try:
         check_day(config.template_date)
     except ValueError as error:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import MISSING, fields
-from typing import Any
 
+from minimind_dpo.config.conversions import plain
 from minimind_dpo.config.launcher_flags import add_launcher_help
 from minimind_dpo.config.settings import TrainConfig
 from minimind_dpo.losses import own_settings
@@ -42,24 +43,36 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
     help = "yaml file with the keys below, or the name of a recipe of configs/dpo"
     parser.add_argument("--config", metavar="FILE", help=help)
     group: argparse._ActionsContainer = parser
-    for name, setting in SETTINGS.items():
+    for name in SETTINGS:
         if name in GROUPS:
             group = parser.add_argument_group(GROUPS[name])
+        add_settings(group, [name])
+    if taken := own_settings().keys() & SETTINGS.keys():
+        raise ValueError(f"a loss has a setting with a name that is taken: {', '.join(taken)}")
+    add_loss_settings(parser)
+    add_launcher_help(parser)
+    return parser
+
+
+def add_settings(parser: argparse._ActionsContainer, names: Iterable[str]) -> None:
+    """Flags of settings, whose values `make_config` takes; None where a flag is not given."""
+    for name in names:
+        setting = SETTINGS[name]
         default = "" if setting.default in (None, "", MISSING) else f" (default: {plain(setting.default)})"
-        group.add_argument(
+        parser.add_argument(
             f"--{name}",
             nargs={"list": "+", "bool": "?"}.get(kind_of(name)),
             const="true" if kind_of(name) == "bool" else None,  # a switch alone
             metavar=kind_of(name).upper(),
             help=(setting.metadata["help"] + default).replace("%", "%%"),
         )
-    if taken := own_settings().keys() & SETTINGS.keys():
-        raise ValueError(f"a loss has a setting with a name that is taken: {', '.join(taken)}")
+
+
+def add_loss_settings(parser: argparse.ArgumentParser) -> None:
+    """Flags of the settings that losses have for themselves."""
     group = parser.add_argument_group("settings of one loss each")
     for name, own in own_settings().items():
         group.add_argument(f"--{name}", metavar="FLOAT", help=f"{own.help} (default: {own.default})")
-    add_launcher_help(parser)
-    return parser
 
 
 def kind_of(name: str) -> str:
@@ -68,8 +81,3 @@ def kind_of(name: str) -> str:
         return "float"  # of a loss's own
     annotation = str(SETTINGS[name].type).removesuffix(" | None")
     return "list" if annotation.startswith("list") else annotation
-
-
-def plain(value: Any) -> str:
-    """A value as yaml has it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
-from minimind_dpo.config.data import data_problems, to_columns, to_sources
-from minimind_dpo.config.flags import SETTINGS, kind_of, make_parser, plain
+from minimind_dpo.config.conversions import CONVERSIONS, to_number
+from minimind_dpo.config.data import data_problems, to_columns, to_sets, to_sources
+from minimind_dpo.config.flags import SETTINGS, kind_of, make_parser
 from minimind_dpo.config.foreign import unknown
 from minimind_dpo.config.losses import loss_problems, to_names, to_weights, with_loss_settings
 from minimind_dpo.config.settings import TrainConfig, as_told, told_apart
@@ -22,7 +23,6 @@ from minimind_dpo.errors import UserError
 from minimind_dpo.files import write_text
 from minimind_dpo.losses import own_settings
 
-_TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")  # yaml's words
 _WITHOUT_WARMUP = ("minimind", "constant")  # schedules
 _WARMUP_RATIO = 0.1  # of the others
 
@@ -59,7 +59,7 @@ def make_config(values: Mapping[str, Any], problems: Sequence[str] = ()) -> Trai
     for name, value in told_apart(values).items():
         try:
             if name in own_settings():
-                own[name] = _to_number(value)
+                own[name] = to_number(value)
             else:
                 converted[name] = _convert(name, value)
         except ValueError as error:
@@ -77,7 +77,8 @@ def _resolve(config: TrainConfig) -> TrainConfig:
     if warmup is None:
         warmup = 0.0 if config.lr_scheduler_type in _WITHOUT_WARMUP else _WARMUP_RATIO
     paths = {name: os.path.expanduser(getattr(config, name)) for name in ("output_dir", "resume")}
-    return with_loss_settings(replace(config, warmup_ratio=warmup, **paths))
+    best = config.metric_for_best_model or ("loss" if config.load_best_model_at_end else None)
+    return with_loss_settings(replace(config, warmup_ratio=warmup, metric_for_best_model=best, **paths))
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
@@ -117,56 +118,12 @@ def _convert(name: str, value: Any) -> Any:
                 return value
             raise ValueError("is empty; give a value or remove the key")
         return None if optional else []
-    return _OWN_CONVERSIONS.get(name, _CONVERSIONS[kind])(value)
-
-
-def _to_list(value: Any) -> list[str]:
-    items = value if isinstance(value, list) else [value]
-    if not all(isinstance(item, str) for item in items):
-        raise ValueError(f"expected one text or a list of texts, found {value!r}")
-    return items
-
-
-def _to_text(value: Any) -> str:
-    if not isinstance(value, (str, int, float)):
-        raise ValueError(f"expected one text value, found {value!r}")
-    return plain(value)
-
-
-def _to_bool(value: Any) -> bool:
-    said = plain(value).lower()
-    if said not in _TRUE + _FALSE:
-        raise ValueError(f"expected true or false, found {value!r}")
-    return said in _TRUE
-
-
-def _to_number(value: Any) -> float:
-    if isinstance(value, bool):
-        raise ValueError(f"expected a number, found {plain(value)}")
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"expected a number, found {value!r}") from None
-
-
-def _to_int(value: Any) -> int:
-    number = _to_number(value)
-    if not number.is_integer():
-        raise ValueError(f"expected a whole number, found {value!r}")
-    return value if isinstance(value, int) else int(number)
-
-
-_CONVERSIONS: dict[str, Callable[[Any], Any]] = {
-    "list": _to_list,
-    "str": _to_text,
-    "bool": _to_bool,
-    "float": _to_number,
-    "int": _to_int,
-}
+    return _OWN_CONVERSIONS.get(name, CONVERSIONS[kind])(value)
 
 
 _OWN_CONVERSIONS: dict[str, Callable[[Any], Any]] = {
     "columns": to_columns,
+    "eval_data": to_sets,
     "train_data": to_sources,
     "loss_type": to_names,
     "loss_weights": to_weights,

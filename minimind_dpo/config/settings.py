@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from minimind_dpo.bounds import DROPOUT, FINITE, MINORITY, NOT_NEGATIVE, POSITIVE, SHARE, STEPS, Bounds
 from minimind_dpo.errors import UserError
 from minimind_dpo.losses import LOSSES, own_settings
+from minimind_dpo.losses.bounds import DROPOUT, FINITE, MINORITY, NOT_NEGATIVE, POSITIVE, SHARE, STEPS, Bounds
 
 COMPLETION_MASKS = ("all_assistant", "final_turn")
 # Today's date for chat templates that write one: the same data must not differ from day to day.
@@ -104,7 +104,7 @@ class TrainConfig:
     train_data: list[str | dict[str, Any]] = _free(
         [], "preference pairs: files, globs, folders, hub ids owner/name[/config][@revision][:split]; {path, weight}"
     )
-    eval_data: list[str] = _free([], "held-out pairs, in the same forms")
+    eval_data: list[str] = _free([], "held-out pairs, in the same forms; name=DATA each for several sets")
     eval_split: float | None = _fixed(
         None, "held out of train_data by a hash of the prompt: a share below 1, or a number of pairs", bounds=POSITIVE
     )
@@ -174,10 +174,20 @@ class TrainConfig:
     eval_steps: int | None = _free(
         None, "optimizer steps between evaluations (always before and after)", bounds=POSITIVE
     )
+    generate_prompts: str | None = _free(
+        None, "prompts that the policy answers at each evaluation: a file, or a number of held-out pairs of each set"
+    )
+    max_new_tokens: int = _free(128, "tokens after which such an answer is cut off", bounds=POSITIVE)
+    temperature: float = _free(0.0, "of sampling such answers; 0 takes the likeliest tokens", bounds=NOT_NEGATIVE)
     save_steps: int = _free(
         100, "optimizer steps between checkpoints; 0 saves none except on a signal", bounds=NOT_NEGATIVE
     )
-    save_total_limit: int = _free(2, "checkpoints kept; 0 keeps all", bounds=NOT_NEGATIVE)
+    save_total_limit: int = _free(2, "checkpoints kept, the best among them; 0 keeps all", bounds=NOT_NEGATIVE)
+    metric_for_best_model: str | None = _free(
+        None, "a metric of evaluations, say logps/accuracies: the checkpoint that is best by it is kept"
+    )
+    greater_is_better: bool | None = _free(None, "whether more of that metric is better (default: unless it is a loss)")
+    load_best_model_at_end: bool = _free(False, "model/ is of the best checkpoint (by the loss, if no metric is named)")
     resume: str = _free("auto", "auto: newest complete checkpoint of output_dir | never | PATH of one")
     max_hours: float | None = _free(
         None, "hours after which the run stops with a checkpoint, to be started again", bounds=POSITIVE

@@ -16,6 +16,7 @@ import yaml
 
 from minimind_dpo.config import TrainConfig, make_config
 from minimind_dpo.demo.task import judge
+from minimind_dpo.evaluation.text import beside
 from minimind_dpo.files import write_text
 from minimind_dpo.report.page import write_report
 from minimind_dpo.train import run
@@ -99,17 +100,11 @@ def heldout_prompts() -> list[str]:
 
 def side_by_side(replies: Iterable[dict[str, Any]], width: int) -> str:
     """Prompts with both replies next to each other, each in a column of half the terminal's width."""
-    half = max(width // 2 - 2, 30)
     lines = []
     for reply in replies:
-        columns = [
-            textwrap.wrap(f"{'✓' if reply[f'{when}_ok'] else '✗'} {when}: {reply[when]}", half - 2) or [""]
-            for when in ("before", "after")
-        ]
-        height = max(map(len, columns))
-        left, right = (column + [""] * (height - len(column)) for column in columns)
-        lines += ["", *textwrap.wrap(reply["prompt"], 2 * half + 2)]
-        lines += [f"  {a:<{half}}{b}".rstrip() for a, b in zip(left, right, strict=True)]
+        lines += ["", *textwrap.wrap(reply["prompt"], max(width, 60))]
+        told = [f"{'✓' if reply[f'{when}_ok'] else '✗'} {when}: {reply[when]}" for when in ("before", "after")]
+        lines += beside(told, width)
     return "\n".join(lines)
 
 

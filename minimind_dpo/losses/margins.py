@@ -9,7 +9,7 @@ from __future__ import annotations
 from math import log, log1p
 from typing import TYPE_CHECKING
 
-from minimind_dpo.bounds import POSITIVE, Bounds
+from minimind_dpo.losses.bounds import POSITIVE, Bounds
 from minimind_dpo.losses.registry import Setting, log_sigmoid, logistic_loss, register_loss
 
 if TYPE_CHECKING:

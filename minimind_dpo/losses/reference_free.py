@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from minimind_dpo.bounds import NOT_NEGATIVE
+from minimind_dpo.losses.bounds import NOT_NEGATIVE
 from minimind_dpo.losses.registry import Setting, log_sigmoid, logistic_loss, register_loss
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from minimind_dpo.bounds import Bounds
+from minimind_dpo.losses.bounds import Bounds
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from minimind_dpo.bounds import FINITE, NOT_NEGATIVE
+from minimind_dpo.losses.bounds import FINITE, NOT_NEGATIVE
 from minimind_dpo.losses.registry import Setting, log_sigmoid, logistic_loss, register_loss
 
 if TYPE_CHECKING:

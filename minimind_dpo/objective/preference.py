@@ -66,6 +66,11 @@ class Preference(NamedTuple):
     settings: dict[str, float] = {}  # noqa: RUF012  # read only
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether a loss reads a reference."""
+        return any(LOSSES[name].needs_reference for name in self.weights)
+
+    @property
     def over_step(self) -> bool:
         """Whether a loss looks at all pairs of an optimizer step at once."""
         return any(LOSSES[name].over_step for name in self.weights)

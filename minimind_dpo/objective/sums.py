@@ -18,10 +18,8 @@ from minimind_dpo.engine.devices import sum_dtype, summable
 from minimind_dpo.models.fast.segments import sum_segments
 from minimind_dpo.objective.preference import PairLosses, implicit_rewards
 
-PAIR_METRICS = (
-    "loss",
-    "dpo_loss",
-    "aux_loss",
+# What is known of each pair beside its loss, and then with it.
+PAIR_COLUMNS = (
     "rewards/chosen",
     "rewards/rejected",
     "rewards/margins",
@@ -31,6 +29,7 @@ PAIR_METRICS = (
     "logps/rejected",
     "logps/accuracies",
 )
+PAIR_METRICS = ("loss", "dpo_loss", "aux_loss", *PAIR_COLUMNS)
 
 # What tells of a run's health beside its metrics, summed over pairs too: moments of the length difference d (counted
 # tokens of the chosen side less those of the rejected one) and of the margin m, the distance from the reference in
@@ -104,6 +103,36 @@ def loss_sums(losses: PairLosses, aux_losses: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def pair_columns(
+    batch: PairBatch, *, policy_logps: tuple[Tensor, Tensor], ref_logps: tuple[Tensor, Tensor], beta: float
+) -> Tensor:
+    """[columns, B] each pair's `PAIR_COLUMNS`, in the type of sums.
+
+    Args:
+        batch: the B pairs.
+        policy_logps: chosen and rejected [B] summed log-probabilities; `ref_logps` likewise.
+        beta: scale of the rewards.
+
+    Rewards are beta times the summed log-ratio, logps are sums over completion tokens. A tie is no accuracy.
+    `logps/accuracies` compares the policy's own mean log-probability a token of the two answers.
+    """
+    (chosen_logps, rejected_logps), (ref_chosen_logps, ref_rejected_logps) = policy_logps, ref_logps
+    chosen_rewards = implicit_rewards(chosen_logps, ref_chosen_logps, beta=beta)
+    rejected_rewards = implicit_rewards(rejected_logps, ref_rejected_logps, beta=beta)
+    columns = [
+        chosen_rewards,
+        rejected_rewards,
+        chosen_rewards - rejected_rewards,
+        chosen_rewards > rejected_rewards,
+        chosen_rewards == rejected_rewards,
+        chosen_logps,
+        rejected_logps,
+        chosen_logps / batch.chosen_tokens > rejected_logps / batch.rejected_tokens,
+    ]
+    return torch.stack([summable(column) for column in columns])
+
+
+@torch.no_grad()
 def pair_sums(
     batch: PairBatch,
     *,
@@ -123,29 +152,14 @@ def pair_sums(
         end_token_ids: of the tokens that end an answer.
         beta: scale of the rewards.
         parts: of the loss.
-
-    Rewards are beta times the summed log-ratio, logps are sums over completion tokens. A tie is no accuracy.
-    `logps/accuracies` compares the policy's own mean log-probability a token of the two answers.
     """
-    (chosen_logps, rejected_logps), (ref_chosen_logps, ref_rejected_logps) = policy_logps, ref_logps
-    chosen_rewards = implicit_rewards(chosen_logps, ref_chosen_logps, beta=beta)
-    rejected_rewards = implicit_rewards(rejected_logps, ref_rejected_logps, beta=beta)
-    likelier = chosen_logps / batch.chosen_tokens > rejected_logps / batch.rejected_tokens
-    columns = [
-        chosen_rewards,
-        rejected_rewards,
-        chosen_rewards - rejected_rewards,
-        chosen_rewards > rejected_rewards,
-        chosen_rewards == rejected_rewards,
-        chosen_logps,
-        rejected_logps,
-        likelier,
-    ]
+    columns = pair_columns(batch, policy_logps=policy_logps, ref_logps=ref_logps, beta=beta)
     sums, metrics = empty_sums(batch.weights.device, parts), len(PAIR_METRICS)
-    sums[metrics - len(columns) : metrics] = torch.stack([summable(column) for column in columns]).sum(dim=1)
+    sums[metrics - len(columns) : metrics] = columns.sum(dim=1)
     for place, number in ((metrics, len(batch)), (metrics + 1, batch.num_tokens)):
         sums[place].fill_(number)  # an assignment would copy the number to the device, and wait
-    health = _health_sums(batch, chosen_rewards - rejected_rewards, per_token_logratios, end_token_ids)
+    margins = columns[PAIR_COLUMNS.index("rewards/margins")]
+    health = _health_sums(batch, margins, per_token_logratios, end_token_ids)
     sums[metrics + 2 : metrics + 2 + len(health)] = health
     return sums
 

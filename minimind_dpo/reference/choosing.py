@@ -166,8 +166,14 @@ def make_following(
     )
 
 
-def make_cache(config: TrainConfig, engine: Engine, digest: str, layout: PairLayout) -> ReferenceCache:
-    """The cache of one reference under the numeric settings of the run, nothing opened yet."""
+def make_cache(
+    config: TrainConfig, engine: Engine, digest: str, layout: PairLayout, apart: str | None = None
+) -> ReferenceCache:
+    """The cache of one model under the numeric settings of the run, nothing opened yet.
+
+    Values of a shared cache may differ in their last bits with what it was filled for first, since they depend on the
+    pairs that are scored together; one that is kept `apart` by a name is shared by what gives the same name only.
+    """
     numerics = {
         "precision": engine.precision,
         "weights": str(engine.weights_dtype),
@@ -179,4 +185,6 @@ def make_cache(config: TrainConfig, engine: Engine, digest: str, layout: PairLay
         numerics["weight_rounding"] = weight_rounding(config)
     if config.matmul != TORCH:  # the caches there were before there was another stay valid
         numerics["matmul"] = config.matmul
+    if apart is not None:
+        numerics["apart"] = apart
     return ReferenceCache(cache_directory(digest, numerics))

@@ -45,14 +45,17 @@ def fill_cache(
     layout: PairLayout,
     needed: Sequence[Needed],
     stop: Callable[[], bool],
+    reads: str = "per_token_logps",
 ) -> int:
     """Score what the cache lacks of `needed` and open it; the number of pairs scored. Collective.
+
+    `reads` is the value [M] of `PairScores` that is kept.
 
     Raises:
         StoppedEarly: `stop` said so on any rank; the next call goes on there.
         UserError: somebody else deletes the cache's files meanwhile.
     """
-    filler = CacheFiller(cache, scorer, layout, engine)
+    filler = CacheFiller(cache, scorer, layout, engine, reads)
     scored = 0
     for pairs in needed:
         if on_main(engine, partial(cache.marked, [pairs])) is None:
@@ -77,11 +80,19 @@ class CacheFiller:
         scorer: of the reference, ready for forward passes and in evaluation mode.
         layout: of its batches.
         engine: of the run.
+        reads: the value [M] of `PairScores` that is kept.
     """
 
-    def __init__(self, cache: ReferenceCache, scorer: nn.Module, layout: PairLayout, engine: Engine):
+    def __init__(
+        self,
+        cache: ReferenceCache,
+        scorer: nn.Module,
+        layout: PairLayout,
+        engine: Engine,
+        reads: str = "per_token_logps",
+    ):
         self.cache, self.scorer, self.layout = cache, scorer, layout
-        self.engine = engine
+        self.engine, self._reads = engine, reads
 
     @torch.no_grad()
     def fill(self, needed: Needed, stop: Callable[[], bool]) -> int:
@@ -132,9 +143,9 @@ class CacheFiller:
         for index in range(passes):
             batch = self.layout(batches[index] if index < len(batches) else spare[:1]).to(self.engine.device)
             with self.engine.autocast():
-                per_token_logps = self.scorer(batch).per_token_logps.float().cpu()
+                values = getattr(self.scorer(batch), self._reads).float().cpu()
             if index < len(batches):
-                sides = [part.numpy() for part in per_token_logps.split(batch.side_sizes)]
+                sides = [part.numpy() for part in values.split(batch.side_sizes)]
                 logps += [np.concatenate(pair) for pair in zip(sides[::2], sides[1::2], strict=True)]
                 keys += batch.keys
         if keys:

@@ -8,7 +8,7 @@ from minimind_dpo.data.order import PairOrder, plan_steps
 from minimind_dpo.data.tokenized import TokenizedData
 from minimind_dpo.engine.ranks import stop_together
 from minimind_dpo.objective.step import score_batch, score_pairs
-from minimind_dpo.objective.sums import empty_sums, loss_sums, read_totals
+from minimind_dpo.objective.sums import PairTotals, empty_sums, loss_sums, read_totals
 from minimind_dpo.objective.table import PairTable
 from minimind_dpo.training.batches import load_steps
 from minimind_dpo.training.run import Run
@@ -16,9 +16,21 @@ from minimind_dpo.training.run import Run
 _ASKED_EVERY = 8  # global batches; asking waits for the device
 
 
+def evaluate(run: Run) -> dict[str, float]:
+    """Score every held-out pair once; the metrics of each set under `eval_NAME_`, of a single one `eval_`. Collective.
+
+    Raises:
+        StoppedEarly: a signal to any rank asked for it.
+    """
+    values: dict[str, float] = {}
+    for name, data in run.eval_sets.items():
+        values |= _evaluate_set(run, data).means(f"eval_{name}_" if name else "eval_")
+    return values
+
+
 @torch.no_grad()
-def evaluate(run: Run, data: TokenizedData) -> dict[str, float]:
-    """Score every pair of `data` once; its metrics under `eval_` names. Collective.
+def _evaluate_set(run: Run, data: TokenizedData) -> PairTotals:
+    """Score every pair of `data` once. Collective.
 
     Raises:
         StoppedEarly: a signal to any rank asked for it.
@@ -57,4 +69,4 @@ def evaluate(run: Run, data: TokenizedData) -> dict[str, float]:
         losses = table.derive(engine.sum, preference, run.state.running_logits)[0].own()
         sums += loss_sums(losses, torch.zeros_like(losses.total))
     run.scorer.train(was_training)
-    return read_totals(engine.sum(sums), preference.parts).means("eval_")
+    return read_totals(engine.sum(sums), preference.parts)

@@ -27,21 +27,23 @@ _OFFSETS = range(4)  # rows that some position tables have for padding beside th
 
 
 def check_fits(
-    models: Iterable[PreTrainedModel | None], tokenizer: Any, data: Iterable[TokenizedData | None], max_length: int
+    models: Iterable[PreTrainedModel | None], tokenizer: Any, data: Iterable[TokenizedData], max_length: int
 ) -> None:
     """Refuse token ids that a model does not embed, and sides longer than its table of positions.
 
     Raises:
         UserError: the data has such.
     """
-    tables = [part.dataset.with_format("arrow") for part in data if part is not None]
+    tables = [part.dataset.with_format("arrow") for part in data]
     for model in models:
         if model is not None:
             _check_ids(model, tokenizer, tables)
             _check_lengths(model, tables, max_length)
 
 
-def check_reference_tokenizer(reference: str, tokenizer: Any, data: Iterable[TokenizedData | None]) -> None:
+def check_reference_tokenizer(
+    reference: str, tokenizer: Any, data: Iterable[TokenizedData], setting: str = "ref_model_name_or_path"
+) -> None:
     """Refuse a reference to which the data's token ids mean other tokens than to the policy.
 
     A reference that comes without a tokenizer is taken to have been trained with the policy's.
@@ -58,11 +60,11 @@ def check_reference_tokenizer(reference: str, tokenizer: Any, data: Iterable[Tok
         return
     name_there = {number: name for name, number in others.items()}
     differing = [number for name, number in names.items() if name_there.get(number) != name]
-    tables = [part.dataset.with_format("arrow") for part in data if part is not None]
+    tables = [part.dataset.with_format("arrow") for part in data]
     if differing and (found := _first_used(tables, differing)) is not None:
         here = tokenizer.convert_ids_to_tokens(found)
         raise UserError(
-            f"ref_model_name_or_path: {reference} has another tokenizer: to it token {found} is "
+            f"{setting}: {reference} has another tokenizer: to it token {found} is "
             f"{name_there.get(found)!r}, to the policy's {here!r}, and the data has it. A reference must have been "
             "trained with the policy's tokenizer; name another one, or take a loss_type that needs none (simpo)"
         )

@@ -11,14 +11,17 @@ from minimind_dpo.checkpoints.directory import save_checkpoint
 from minimind_dpo.errors import StoppedEarly
 from minimind_dpo.models.saving import describe_adapter, describe_model
 from minimind_dpo.training.batches import load_steps
+from minimind_dpo.training.best import take_best
 from minimind_dpo.training.callbacks import tell_saved
 from minimind_dpo.training.evaluation import evaluate
 from minimind_dpo.training.health import HealthWatch
+from minimind_dpo.training.held_out import tell_evaluation
 from minimind_dpo.training.metrics import peak_memory_gib
 from minimind_dpo.training.numbers import StepNumbers, StepResult, read_step
 from minimind_dpo.training.progress import Clock
+from minimind_dpo.training.replies import live_replies, reply_metrics
 from minimind_dpo.training.run import Run
-from minimind_dpo.training.run_directory import RunLog
+from minimind_dpo.training.run_log import RunLog
 from minimind_dpo.training.schedule import is_due, learning_rate_schedule
 from minimind_dpo.training.step import optimizer_step
 from minimind_dpo.training.visibility import UpdateWatch
@@ -43,8 +46,8 @@ def train(run: Run, log: RunLog) -> None:
     clock, watch, health = Clock(state), UpdateWatch(run), HealthWatch(run, schedule)
     unread: deque[StepResult] = deque()
     stopped = False
-    if log.lacks_evaluation(run):
-        _evaluate(run, log, clock)
+    if log.lacks_evaluation(run) and _evaluate(run, log, clock):
+        _save(run, log, clock)
     for step in steps:
         unread.append(optimizer_step(run, step, schedule(step.plan.step)))
         state.step = step.plan.step
@@ -64,9 +67,8 @@ def train(run: Run, log: RunLog) -> None:
             _log_step(run, log, numbers, result.learning_rate, clock)
             watch.look()
         stops = stopped and not last
-        if evaluates and not stops:
-            _evaluate(run, log, clock)
-        if stopped or (saves and config.save_steps):
+        best = evaluates and not stops and _evaluate(run, log, clock)
+        if stopped or best or (saves and config.save_steps):
             _save(run, log, clock)
         if stops:
             raise StoppedEarly(f"after step {state.step} of {state.total_steps}")
@@ -78,21 +80,27 @@ def _steps_ahead(run: Run) -> int:
     return 0 if run.engine.device.type == "cpu" else 1
 
 
-def _evaluate(run: Run, log: RunLog, clock: Clock) -> None:
-    """Record an evaluation. One that is stopped is made again when the run goes on.
+def _evaluate(run: Run, log: RunLog, clock: Clock) -> bool:
+    """Record an evaluation; whether it is the best so far. One that is stopped is made again when the run goes on.
 
     Raises:
         StoppedEarly: it was stopped; a checkpoint of the step is written.
     """
-    if run.eval_data is None:
-        return
+    if not run.eval_sets:
+        return False
     try:
-        log.record(run, evaluate(run, run.eval_data))
+        values = evaluate(run)
+        replies = live_replies(run) if run.prompts else []
     except StoppedEarly:
         if run.state.step > 0:
             _save(run, log, clock)
         raise
+    values |= reply_metrics(replies)
+    log.record(run, values)
+    log.record_replies(replies)
+    tell_evaluation(run, values)
     clock.restart()
+    return take_best(run, values)
 
 
 def _log_step(run: Run, log: RunLog, numbers: StepNumbers, learning_rate: float, clock: Clock) -> None:

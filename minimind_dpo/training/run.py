@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from minimind_dpo.checkpoints.state import TrainerState
 from minimind_dpo.config import TrainConfig
 from minimind_dpo.data.order import PairOrder, StepPlan, plan_steps
+from minimind_dpo.data.prompts import Prompt
 from minimind_dpo.data.tokenized import TokenizedData
 from minimind_dpo.ending import StopRequest
 from minimind_dpo.engine.protocol import Engine, unwrap
@@ -37,12 +38,13 @@ class Run:
         layout: of every batch.
         preference: what is minimised.
         train_data: pairs to train on, in the order of `order`.
-        eval_data: held-out pairs, if there are any.
+        eval_sets: sets of held-out pairs, by name; that of a single set is empty.
         order: which pairs each step takes.
         state: what the run knows of itself; its `step` advances.
         tokenizer: saved with every model.
         stop: whether this process was asked to stop.
         end_token_ids: of the tokens that end an answer, on the engine's device.
+        prompts: that the policy answers at each evaluation.
     """
 
     config: TrainConfig
@@ -54,12 +56,13 @@ class Run:
     layout: PairLayout
     preference: Preference
     train_data: TokenizedData
-    eval_data: TokenizedData | None
+    eval_sets: dict[str, TokenizedData]
     order: PairOrder
     state: TrainerState
     tokenizer: Any
     stop: StopRequest
     end_token_ids: Tensor
+    prompts: list[Prompt]
 
     @property
     def policy(self) -> Any:

@@ -8,37 +8,28 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from minimind_dpo.checkpoints.directory import set_aside_later
-from minimind_dpo.checkpoints.state import TrainerState
-from minimind_dpo.config import save_config
 from minimind_dpo.engine.protocol import Engine
-from minimind_dpo.engine.ranks import decide
 from minimind_dpo.errors import UserError
-from minimind_dpo.files import open_itself, replacing, sweep, write_text, writing
+from minimind_dpo.files import open_itself, replacing, write_text, writing
 from minimind_dpo.models.adapters import has_adapters
 from minimind_dpo.models.portable import make_portable
 from minimind_dpo.models.probe import check_written, probe
 from minimind_dpo.models.saving import save_adapter, save_model, seal_model
-from minimind_dpo.objective.sums import PairTotals
 from minimind_dpo.report.page import write_report
-from minimind_dpo.tracking.tables import Rows
-from minimind_dpo.tracking.trackers import Trackers, start_trackers
-from minimind_dpo.training.callbacks import Callback, tell_values
-from minimind_dpo.training.metrics import MetricsFile, peak_memory_gib
-from minimind_dpo.training.progress import Clock, StepProgress
+from minimind_dpo.training.best import load_best
+from minimind_dpo.training.metrics import peak_memory_gib
 from minimind_dpo.training.run import Run
-from minimind_dpo.training.schedule import is_due
+from minimind_dpo.training.run_log import RunLog, eval_metrics
 
 logger = logging.getLogger(__name__)
 
 _DIRECTORIES = ("checkpoints", "model", "adapter")
-_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "report.html")
+_FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "report.html")
 
 
 @contextmanager
@@ -97,103 +88,28 @@ def _lock(file: IO[bytes]) -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class RunLog:
-    """Where the numbers of a run go: metrics.jsonl on the main process, the trackers, the console, callbacks.
-
-    Attributes:
-        metrics, callbacks: none on all other processes; the latter are the user's own.
-        progress: of the steps, as it is seen.
-    """
-
-    metrics: MetricsFile | None
-    trackers: Trackers
-    callbacks: Sequence[Callback] = ()
-    progress: StepProgress | None = None
-
-    def record(self, run: Run, values: dict[str, float]) -> None:
-        """Write the values of the run's present step, with its place."""
-        step = run.state.step
-        place = {"epoch": step / run.order.steps_per_epoch, "pairs_seen": run.order.pairs_seen(step)}
-        line = {"step": step} | place | values
-        if self.metrics is not None:
-            self.metrics.append(line)
-        self.trackers.record(line)
-        if self.progress is not None:
-            self.progress.log(values)
-        tell_values(self.callbacks, step, place | values)
-
-    def show(self, totals: PairTotals, clock: Clock) -> None:
-        """Advance what is seen of the run by a step."""
-        if self.progress is not None:
-            self.progress.show(totals, clock)
-
-    def log_table(self, name: str, columns: Sequence[str], rows: Rows, step: int) -> None:
-        """Show a table of texts and numbers in the trackers, those that have tables; any rank may call it."""
-        self.trackers.table(name, columns, rows, step)
-
-    def lacks_evaluation(self, run: Run) -> bool:
-        """Whether the run's present step has an evaluation, which is not recorded. Collective."""
-        step = run.state.step
-        has_one = run.eval_data is not None and (
-            step in (0, run.state.total_steps) or is_due(run.config.eval_steps, step)
-        )
-        if not has_one:
-            return False
-        lines = [] if self.metrics is None else self.metrics.lines()
-        return not decide(any(line["step"] == step and "eval_loss" in line for line in lines))
-
-    def sync(self, state: TrainerState) -> None:
-        """Make what is written survive a power cut, and note in `state` how much it is."""
-        if self.metrics is not None:
-            state.metrics = self.metrics.written()
-            self.metrics.sync()
-
-
-def open_run(run: Run, resumed: bool, callbacks: Sequence[Callback] = ()) -> RunLog:
-    """Prepare the run directory for the steps to come, and start the trackers. Collective."""
-    metrics = None
-    if run.engine.is_main:
-        with writing(run.output_dir, "output_dir"):
-            sweep(run.output_dir)
-            if resumed:
-                set_aside_later(run.output_dir / "checkpoints", run.state.step)
-            save_config(run.config, run.output_dir / "config.yaml")
-        metrics = MetricsFile(run.output_dir / "metrics.jsonl", last_step=run.state.step if resumed else None)
-        _compare(metrics, run.state)
-    trackers = start_trackers(run.config, run.engine, run.state, [] if metrics is None else metrics.lines())
-    run.engine.wait()
-    return RunLog(metrics, trackers, callbacks if run.engine.is_main else ())
-
-
-def _compare(metrics: MetricsFile, state: TrainerState) -> None:
-    """Say so if the lines of before a resume are not those that were written."""
-    if state.metrics is not None and metrics.written() != state.metrics:
-        logger.warning(
-            "%s: the lines up to step %d are not those that were written: %d there, %d written; what is missing stays "
-            "missing in the report",
-            metrics.path,
-            state.step,
-            metrics.written()[0],
-            state.metrics[0],
-        )
-
-
-def finish_run(run: Run, log: RunLog) -> None:
+def finish_run(run: Run, log: RunLog) -> dict[str, Any]:
     """Write model/ (with LoRA also adapter/), summary.json and report.html. Collective.
+
+    Returns:
+        What summary.json holds; nothing on all other processes.
 
     Raises:
         TrainingError: LoRA's matrices were not merged into model/ as the policy has them.
     """
-    directory = run.output_dir
-    peak = peak_memory_gib(run.engine)
+    directory, state = run.output_dir, run.state
+    peak, model_step = peak_memory_gib(run.engine), load_best(run)
+    summary: dict[str, Any] = {}
     with writing(directory, "output_dir"):
         _write_model(run, directory)
         if log.metrics is not None:
             summary = _summary(run, log.metrics.lines(), peak)
+            if state.best is not None:
+                summary |= {"best": state.best, "model_step": model_step}
             write_text(directory / "summary.json", json.dumps(summary, indent=1))
             write_report(directory)
     run.engine.wait()
+    return summary
 
 
 def _write_model(run: Run, directory: Path) -> None:
@@ -229,9 +145,9 @@ def _summary(run: Run, lines: list[dict[str, Any]], peak_memory: float) -> dict[
         "matmul": state.identity["matmul"],
         "skipped_steps": len(state.skipped_steps),
     }
-    evaluations = [line for line in lines if "eval_loss" in line]
+    evaluations = [line for line in lines if eval_metrics(line)]
     if evaluations:
-        summary |= {"eval_before": _eval_metrics(evaluations[0]), "eval_after": _eval_metrics(evaluations[-1])}
+        summary |= {"eval_before": eval_metrics(evaluations[0]), "eval_after": eval_metrics(evaluations[-1])}
     return summary
 
 
@@ -244,7 +160,3 @@ def _replacing_on_main(engine: Engine, final: Path) -> Iterator[Path | None]:
     with replacing(final) as new:
         new.mkdir()
         yield new
-
-
-def _eval_metrics(line: dict[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in line.items() if name.startswith("eval_")}

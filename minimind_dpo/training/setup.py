@@ -58,8 +58,7 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
     # from CPU memory, before the policy moves
     loaded = load_reference(config, engine, policy, load_configured, single_pass=data.is_single_pass())
     known = _known(config, (policy, loaded.model), tokenizer, data)
-    known |= {"dtype": dtype, "reference_digest": loaded.digest}
-    state = _state(config, engine, data, known, checkpoint)
+    state = _state(config, engine, data, known | {"dtype": dtype, "reference_digest": loaded.digest}, checkpoint)
     scorer = _trainable(config, policy, dtype)
     introduce(config, engine, policy, data, state)
     trained = (parameter for parameter in scorer.parameters() if parameter.requires_grad)
@@ -80,18 +79,19 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
         reference=reference,
         following=following,
         layout=layout,
-        preference=_preference(config),
+        preference=configured_preference(config),
         train_data=data.train,
-        eval_data=data.eval,
+        eval_sets=data.eval,
         order=data.order,
         state=state,
         tokenizer=tokenizer,
         stop=stop,
         end_token_ids=end_token_ids(policy, tokenizer).to(engine.device),
+        prompts=data.prompts,
     )
 
 
-def _preference(config: TrainConfig) -> Preference:
+def configured_preference(config: TrainConfig) -> Preference:
     """The preference loss that a configuration asks for."""
     return Preference(
         dict(zip(config.loss_type, config.loss_weights or [1.0] * len(config.loss_type), strict=True)),
@@ -109,12 +109,11 @@ def _known(
     config: TrainConfig, models: tuple[PreTrainedModel | None, ...], tokenizer: Any, data: RunData
 ) -> dict[str, str]:
     """Refuse what does not go together; whether the pairs' margins are used, for the run's identity."""
-    tokenized = (data.train, data.eval)
-    check_fits(models, tokenizer, tokenized, config.max_length)
+    check_fits(models, tokenizer, data.parts(), config.max_length)
     if config.ref_model_name_or_path is not None:
-        check_reference_tokenizer(config.ref_model_name_or_path, tokenizer, tokenized)
-    if data.eval is not None:
-        check_loss(config.loss_type, data.eval, "eval_data" if config.eval_data else "eval_split")
+        check_reference_tokenizer(config.ref_model_name_or_path, tokenizer, data.parts())
+    for held_out in data.eval.values():
+        check_loss(config.loss_type, held_out, "eval_data" if config.eval_data else "eval_split")
     return {"margins": "used"} if check_loss(config.loss_type, data.train, "train_data") else {}
 
 

@@ -1,0 +1,1 @@
+"""What is a model worth: held-out pairs scored, replies, figures with intervals."""
