@@ -232,6 +232,7 @@ def with_tables(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Ite
     with pytest.MonkeyPatch.context() as patched:
         for variable, value in places(directory).items():
             patched.setenv(variable, value)
+        patched.chdir(directory)  # below it mlflow keeps files
         config = load_config([*inputs.flags(directory / "run"), "--report_to", *HERE])
         state = TrainerState()
         for session in range(2):
