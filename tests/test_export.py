@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from helpers_data import tiny_tokenizer
 from test_models import HEADS, HIDDEN, KINDS, equal_states, heads_of, raw_state, save_raw
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from minimind_dpo.errors import UserError
 from minimind_dpo.export import run_export
-from minimind_dpo.models import load_model
+from minimind_dpo.models import hub, load_model
 from minimind_dpo.models.export import export_model
 
 
@@ -148,7 +151,7 @@ def test_a_plain_llama_of_minimind_shape_can(tmp_path: Path) -> None:
     assert export_model(tmp_path / "model", "minimind", tmp_path / "out").name == f"dpo_{HIDDEN}.pth"
 
 
-@pytest.mark.parametrize(("format", "dtype", "message"), [("gguf", None, "gguf"), ("hf", "int8", "int8")])
+@pytest.mark.parametrize(("format", "dtype", "message"), [("ggml", None, "ggml"), ("hf", "int8", "int8")])
 def test_unknown_format_and_dtype(tmp_path: Path, format: str, dtype: str | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
         export_model(tmp_path, format, tmp_path / "out", dtype=dtype)
@@ -158,3 +161,117 @@ def test_wrong_usage_exits_with_two(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as caught:
         run_export(["--model", str(tmp_path), "--format", "onnx", "--output", "x"])
     assert caught.value.code == 2
+
+
+STAND_IN = """
+import argparse, json, pathlib
+parser = argparse.ArgumentParser()
+parser.add_argument("model", type=pathlib.Path)
+parser.add_argument("--outfile", type=pathlib.Path)
+parser.add_argument("--outtype")
+told = parser.parse_args()
+if json.loads((told.model / "config.json").read_text())["model_type"] == "qwen3":
+    raise SystemExit("Model Qwen3ForCausalLM is not supported")
+files = sorted(path.name for path in told.model.iterdir())
+told.outfile.write_text("GGUF" + json.dumps([told.model.name, told.outtype, files]))
+"""
+
+
+@pytest.fixture
+def llama_cpp(tmp_path: Path) -> Path:
+    """A checkout of llama.cpp with something in the converter's place that takes the same arguments."""
+    (tmp_path / "llama.cpp").mkdir()
+    converter = tmp_path / "llama.cpp" / "convert_hf_to_gguf.py"
+    converter.write_text("#!/usr/bin/env python3" + STAND_IN)
+    converter.chmod(0o755)
+    return converter.parent
+
+
+def _with_tokenizer(tmp_path: Path, generation: int = 2) -> Path:
+    raw = save_raw(tmp_path / "start.pth", raw_state(generation, False))
+    model = load_model(raw, **heads_of(generation))
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_gguf_is_made_by_the_converter(tmp_path: Path, llama_cpp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is handed a directory with weights and tokenizer, and only the file is left."""
+    model, output = _with_tokenizer(tmp_path), tmp_path / "out" / "mine.gguf"
+    flags = ["--model", str(model), "--format", "gguf", "--output", str(output), "--llama_cpp", str(llama_cpp)]
+    assert run_export([*flags, "--dtype", "float16"]) == 0
+    assert [path.name for path in output.parent.iterdir()] == ["mine.gguf"]
+    name, outtype, files = json.loads(output.read_text().removeprefix("GGUF"))
+    assert (name, outtype) == ("mine", "f16")
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= set(files)
+    with pytest.raises(UserError, match="already there"):
+        run_export(flags)
+    monkeypatch.setenv("PATH", str(llama_cpp), prepend=":")
+    assert export_model(model, "gguf", tmp_path / "found") == tmp_path / "found" / "model.gguf"
+    assert json.loads((tmp_path / "found" / "model.gguf").read_text().removeprefix("GGUF"))[1] == "auto"
+
+
+def test_gguf_that_cannot_be_made(tmp_path: Path, llama_cpp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="convert_hf_to_gguf.py of llama.cpp is not on PATH.*--llama_cpp DIR"):
+        export_model("model", "gguf", tmp_path / "out")
+    with pytest.raises(UserError, match="--llama_cpp: .*nowhere/convert_hf_to_gguf.py is not there"):
+        export_model("model", "gguf", tmp_path / "out", llama_cpp=str(tmp_path / "nowhere"))
+    alone = save_raw(tmp_path / "alone.pth", raw_state(3, False))
+    with pytest.raises(UserError, match="alone.pth: no tokenizer beside it"):
+        export_model(alone, "gguf", tmp_path / "out", llama_cpp=str(llama_cpp))
+    with pytest.raises(UserError, match="(?s)failed with code 1:.*Qwen3ForCausalLM is not supported"):
+        export_model(_with_tokenizer(tmp_path, generation=3), "gguf", tmp_path / "out", llama_cpp=str(llama_cpp))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+class Hub:
+    """What of huggingface_hub's API an export calls; it takes nobody's token."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.refuses = False
+
+    def create_repo(self, repo_id: str, **options: Any) -> Any:
+        if self.refuses:
+            raise ConnectionError("401 Client Error")
+        self.calls.append((repo_id, options))
+        return SimpleNamespace(repo_id=f"me/{repo_id}" if "/" not in repo_id else repo_id)
+
+    def _upload(self, **options: Any) -> Any:
+        self.calls.append((options.pop("repo_id"), options))
+        return SimpleNamespace(commit_url="https://huggingface.co/me/mine/commit/1")
+
+    upload_folder = upload_file = _upload
+
+
+@pytest.fixture
+def a_hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    made = Hub()
+    monkeypatch.setattr(hub, "HfApi", lambda: made)
+    return made
+
+
+def test_a_model_is_sent_to_the_hub(tmp_path: Path, a_hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    model = _with_tokenizer(tmp_path)
+    flags = ["--model", str(model), "--push_to_hub", "mine"]
+    assert run_export([*flags, "--format", "hf", "--output", str(tmp_path / "hf")]) == 0
+    assert a_hub.calls[0] == ("mine", {"private": True, "exist_ok": True})
+    assert a_hub.calls[1][0] == "me/mine" and a_hub.calls[1][1]["folder_path"] == tmp_path / "hf"
+    assert "sent to https://huggingface.co/me/mine/commit/1" in capsys.readouterr().out
+    assert run_export([*flags, "--format", "minimind", "--output", str(tmp_path / "raw")]) == 0
+    assert a_hub.calls[3][1]["path_in_repo"] == f"dpo_{HIDDEN}.pth"
+    assert not any("token" in options for _, options in a_hub.calls)
+
+
+def test_a_hub_that_refuses(tmp_path: Path, a_hub: Hub) -> None:
+    """The model stays; a name that no repository can have is told before anything is written."""
+    model = _with_tokenizer(tmp_path)
+    flags = ["--model", str(model), "--format", "hf", "--output", str(tmp_path / "hf"), "--push_to_hub"]
+    with pytest.raises(UserError, match="--push_to_hub"):
+        run_export([*flags, "a/b/c"])
+    assert not (tmp_path / "hf").exists()
+    a_hub.refuses = True
+    with pytest.raises(UserError, match="(?s)me/mine: ConnectionError: 401 Client Error.*hf auth login"):
+        run_export([*flags, "me/mine"])
+    assert equal_states(load_model(tmp_path / "hf"), load_model(model))

@@ -10,6 +10,7 @@ import sqlite3
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -25,6 +26,7 @@ from minimind_dpo.config import load_config
 from minimind_dpo.engine import trackers as guard
 from minimind_dpo.engine.launcher import start_engine
 from minimind_dpo.errors import UserError
+from minimind_dpo.tracking.held import held_by
 from minimind_dpo.tracking.names import told
 from minimind_dpo.tracking.records import read_records
 from minimind_dpo.tracking.trackers import start_trackers
@@ -230,6 +232,7 @@ def with_tables(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Ite
     with pytest.MonkeyPatch.context() as patched:
         for variable, value in places(directory).items():
             patched.setenv(variable, value)
+        patched.chdir(directory)  # below it mlflow keeps files
         config = load_config([*inputs.flags(directory / "run"), "--report_to", *HERE])
         state = TrainerState()
         for session in range(2):
@@ -400,7 +403,7 @@ def test_a_tracker_added_on_a_resume_gets_the_whole_run(notes: type[Notes], inpu
 
 def test_the_service_of_wandb_dies_amid_a_run(inputs: Inputs, forks: Forks, tmp_path: Path) -> None:
     """A real process of W&B is killed: one warning, and the bits of a run without it."""
-    started = forks.start(flags_of(inputs, tmp_path / "run", report_to="wandb", num_train_epochs=8), tmp_path)
+    started = forks.start(flags_of(inputs, tmp_path / "run", report_to="wandb", num_train_epochs=4), tmp_path)
     run = psutil.Process(started.pids[0])
     started.wait_until(lambda: (tmp_path / "run/metrics.jsonl").is_file() and len(lines(tmp_path / "run")) > 3)
     services = [child for child in run.children(recursive=True) if "wandb-core" in " ".join(child.cmdline())]
@@ -410,7 +413,7 @@ def test_the_service_of_wandb_dies_amid_a_run(inputs: Inputs, forks: Forks, tmp_
     assert started.wait() == [0], (tmp_path / "log").read_text("utf-8")
     log = (tmp_path / "log").read_text("utf-8")
     assert log.count("report_to: wandb failed") == 1 and "Traceback" not in log, log
-    assert forks.run(flags_of(inputs, tmp_path / "alone", num_train_epochs=8), tmp_path) == [0]
+    assert forks.run(flags_of(inputs, tmp_path / "alone", num_train_epochs=4), tmp_path) == [0]
     assert same_bits(tmp_path / "run", tmp_path / "alone")
 
 
@@ -435,3 +438,26 @@ def test_names_of_an_evaluation_beside_a_step() -> None:
     line = {"step": 4, "epoch": 0.5, "pairs_seen": 8, "eval_loss": 0.25, "eval_rewards/margins": None}
     assert told("wandb", line, has_places=True) == {"eval/loss": 0.25}
     assert told("mlflow", line, has_places=False) == {"epoch": 0.5, "pairs_seen": 8, "eval_loss": 0.25}
+
+
+def test_wandb_online_is_asked_for_its_last_step(tmp_path: Path) -> None:
+    own = SimpleNamespace(tracker=SimpleNamespace(offline=False, starting_step=4))
+    has = held_by("wandb", own, tmp_path, set())
+    assert [step for step in range(6) if has(step, "train/loss")] == [0, 1, 2, 3]
+
+
+def test_a_tracker_that_cannot_be_asked_is_taken_to_have_all(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    has = held_by("wandb", SimpleNamespace(tracker=None), tmp_path, {(2, "train/loss")})
+    assert has(2, "train/loss") and not has(3, "train/loss")
+    assert "what wandb has of the run can't be read" in caplog.text
+
+
+@pytest.mark.skipif("tensorboard" not in HERE, reason="tensorboard is not installed")
+def test_tensorboard_forgets_a_run_that_begins_again(inputs: Inputs, forks: Forks, tmp_path: Path) -> None:
+    """Killed before its first checkpoint, it starts from the first step."""
+    flags = inputs.flags(tmp_path / "run", report_to="tensorboard")
+    assert forks.run(flags, tmp_path, bomb=Bomb("training.loop", "_log_step", 2, "after")) == [-signal.SIGKILL]
+    assert forks.run(flags, tmp_path) == [0]
+    points = read_tensorboard(tmp_path)["train/loss"]
+    assert [step for step, _ in points] == [1, 2, 3]
+    assert [value for _, value in points] == pytest.approx([line["loss"] for line in lines(tmp_path / "run")], rel=1e-6)

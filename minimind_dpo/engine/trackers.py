@@ -6,6 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -115,3 +116,13 @@ class Guarded:
         except Exception as error:  # as above
             if not self._pause:
                 logger.warning("report_to: %s did not end well (%s: %s)", self.name, type(error).__name__, error)
+            if self.name == "wandb":
+                _let_go_of_wandb()
+
+
+def _let_go_of_wandb() -> None:
+    """Take back what W&B would do when the process ends: without its service that is a traceback."""
+    import wandb  # late: only where it is asked for
+
+    with suppress(Exception):
+        wandb.teardown()

@@ -13,6 +13,8 @@ from minimind_dpo.checkpoints.directory import checkpoint_problem
 from minimind_dpo.checkpoints.files import FragmentReader
 from minimind_dpo.errors import TrainingError, UserError
 from minimind_dpo.files import replacing, writing
+from minimind_dpo.models.card import write_card
+from minimind_dpo.models.gguf import convert, find_converter
 from minimind_dpo.models.loading import checkpoint_config, load_model
 from minimind_dpo.models.overrides import parse_dtype
 from minimind_dpo.models.places import ADAPTER_CONFIG, is_checkpoint, locate_model
@@ -28,6 +30,8 @@ from minimind_dpo.models.weights import (
     read_layout,
     summarize,
 )
+
+FORMATS = ("hf", "minimind", "gguf")
 
 # What MiniMind's code has built in, by the names that transformers' configurations give it.
 BUILT_IN = (
@@ -53,31 +57,36 @@ def export_model(
     output: str | Path,
     dtype: str | None = None,
     num_attention_heads: int | None = None,
+    llama_cpp: str | None = None,
 ) -> Path:
     """Write a model for others to use; whole or not at all, and never over something that is there.
 
     Args:
         model_path: whatever `load_model` opens; a run directory gives its final model, a checkpoint the policy of
             its step in fp32, put together without the training job however many ranks wrote it.
-        format: `hf` (a `save_pretrained` directory, with the tokenizer where the source has one) or `minimind`
-            (one `.pth` file with MiniMind's keys, which its own code loads strictly).
+        format: `hf` (a `save_pretrained` directory, with the tokenizer where the source has one, and for a model
+            of a run with a model card), `minimind` (one `.pth` file with MiniMind's keys, which its own code loads
+            strictly) or `gguf` (one `.gguf` file, by llama.cpp's converter).
         output: the directory to create; for `minimind` also a directory to put `dpo_<hidden_size>[_moe].pth`
-            into, or a path that ends in `.pth`.
-        dtype: `float32`, `float16` or `bfloat16`; by default, or with `auto`, the source's for `hf` and float16 for
-            `minimind`.
+            into, or a path that ends in `.pth`; for `gguf` a directory to put `model.gguf` into, or the file.
+        dtype: `float32`, `float16` or `bfloat16`; by default, or with `auto`, the source's for `hf` and `gguf`, and
+            float16 for `minimind`.
         num_attention_heads: of generation-2 raw weights, see `load_model`.
+        llama_cpp: for `gguf`, a checkout of llama.cpp; by default its converter is looked for on PATH.
 
     Returns:
         The directory or file that was written.
 
     Raises:
         UserError: the source can't be loaded or isn't shaped like MiniMind, a weight doesn't fit into `dtype`,
-            or the output exists.
+            the output exists, or the converter is absent or fails.
     """
-    if format not in ("hf", "minimind"):
-        raise UserError(f"format is {format!r}; use hf or minimind.")
+    if format not in FORMATS:
+        raise UserError(f"format is {format!r}; use {', '.join(FORMATS)}.")
     wanted = None if dtype is None else parse_dtype(dtype)
     target = Path(output).expanduser()
+    if format == "gguf":
+        return _export_gguf(model_path, target, dtype, num_attention_heads, find_converter(llama_cpp))
     if format == "hf":
         _refuse_existing(target)
     location = locate_model(str(model_path))
@@ -138,6 +147,20 @@ def _export_minimind(model: PreTrainedModel, source: str, target: Path, dtype: t
     return target
 
 
+def _export_gguf(source: str | Path, target: Path, dtype: str | None, heads: int | None, converter: Path) -> Path:
+    """Write a directory as `hf` does, and have it converted."""
+    target = target if target.suffix == ".gguf" else target / "model.gguf"
+    _refuse_existing(target)
+    with writing(target, "--output"), replacing(target) as temporary:
+        model = export_model(source, "hf", temporary.parent / target.stem, dtype, heads)
+        if not (model / "tokenizer_config.json").is_file():
+            raise UserError(
+                f"{source}: no tokenizer beside it, which a .gguf file holds too; export a directory with one"
+            )
+        convert(converter, model, temporary, None if dtype == "auto" else dtype)
+    return target
+
+
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Give all parameters another type, in place; what a model computes for itself (rotary frequencies) stays."""
     for parameter in model.parameters():
@@ -155,6 +178,7 @@ def _export_hf(model: PreTrainedModel, source: str, target: Path, dtype: torch.d
         copy_tokenizer(source, temporary)
         make_portable(temporary)
         seal_model(temporary)
+        write_card(source, temporary)
         check_written(temporary, probe(_cast(model, torch.float32)))
     return target
 
@@ -182,6 +206,7 @@ def _export_checkpoint(checkpoint: Path, target: Path, dtype: torch.dtype, shard
         copy_tokenizer(str(checkpoint), temporary)
         make_portable(temporary)
         seal_model(temporary)
+        write_card(str(checkpoint), temporary)
         _check_weights(temporary, reader, dtype)
     return target
 
