@@ -104,7 +104,7 @@ def on_fake_device(model: Any, mode: FakeTensorMode) -> Any:
 def fake_scorer(
     mode: FakeTensorMode, kind: str, dtype: torch.dtype, lora: list[str] | None, checkpointing: bool, **shape: Any
 ) -> PairScorer:
-    """The scorer of a policy on the device, with LoRA beside the layers of these names (none: all linear ones) or None."""
+    """The scorer of a policy on the device, with LoRA beside the layers of such names (none: all linear ones)."""
     model = tiny_model(kind, **shape).to(dtype)
     if lora is not None:
         add_adapters(model, r=4, alpha=8, dropout=0.0, target_modules=lora, base="base", seed=0)
