@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers_forks import Forks
 from helpers_run import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY))  # `benchmarks` is no part of the installed package
 
 from benchmarks.gpu_check import __main__ as program  # noqa: E402
-from benchmarks.gpu_check import kernels, speed, stages  # noqa: E402
+from benchmarks.gpu_check import engines, kernels, speed, stages  # noqa: E402
 from benchmarks.gpu_check.notes import FAILED, RIGHT, SKIPPED, WRONG, Notes, Place, verdict  # noqa: E402
 from minimind_dpo.data.batch import pack_pairs  # noqa: E402
 from minimind_dpo.models.fast.attention import pair_attention  # noqa: E402
@@ -49,6 +51,37 @@ def test_speed_has_a_row_a_contestant(tmp_path: Path) -> None:
         assert rows[name]["of the ceiling"] == pytest.approx(rows[name]["effective TFLOP/s"] / 2, rel=1e-3)
     product = rows["times as fast by"]["kernels"] * rows["times as fast by"]["packing"]
     assert product * rows["times as fast by"]["sharing"] == pytest.approx(rows["times as fast by"]["all"], rel=5e-3)
+
+
+def test_engines_end_alike(tmp_path: Path, forks: Forks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the stage starts is forked here, as the launcher would have it."""
+    monkeypatch.setattr(engines, "AT_ONCE", 1)
+    monkeypatch.setattr(engines, "STEPS", 2)
+
+    def forked(words: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        first, second = (index for index, word in enumerate(words) if word == "-m")
+        assert words[first + 1] == "minimind_dpo.launch" and words[second + 1] == "minimind_dpo.train"
+        launcher = dict(zip(words[first + 2 : second : 2], words[first + 3 : second : 2], strict=True))
+        directory = tmp_path / Path(launcher["--config_file"]).stem
+        directory.mkdir()
+        engine = f"{directory.name} --num_processes {launcher['--num_processes']}"
+        code = max(forks.run(words[second + 2 :], directory, engine))
+        return subprocess.CompletedProcess(words, code, "", (directory / "log").read_text("utf-8"))
+
+    monkeypatch.setattr(engines.subprocess, "run", forked)
+    found = rehearse("engines", tmp_path)
+    assert verdict(found, True) == RIGHT and len(found["checks"]) == 5, found
+    losses = found["figures"]["losses"]
+    assert losses.keys() == {"single_cpu", "ds_zero2_cpu"} and losses["single_cpu"][1] < losses["single_cpu"][0]
+
+
+def test_peers_are_timed_beside_ours(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    (tmp_path / "speed.json").write_text(json.dumps({"figures": {"tiny, ours": {"ms a pair": 1e3}}}), "utf-8")
+    found = rehearse("peers", tmp_path)
+    assert verdict(found, True) == RIGHT and len(found["checks"]) == 1, found
+    row = found["figures"]["tiny"]
+    assert row["ours is so many times as fast"] == pytest.approx(row["ms a pair"] / 1e3, rel=0.01)
 
 
 def test_unshared_rows_compute_every_prompt_twice() -> None:

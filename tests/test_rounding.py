@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers_data import write_jsonl
 from helpers_forks import Forks
+from helpers_model import random_row, tiny_model
 from helpers_run import same_bits, train_lines
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from minimind_dpo import load_model, pack_pairs
 from minimind_dpo.demo.run import ASSETS
 from minimind_dpo.engine.fragments import HeldPart
 from minimind_dpo.engine.rounding import HalfWeights, RoundedParts, rounded
+from minimind_dpo.models.adapters import add_adapters
 from minimind_dpo.objective.scoring import PairScorer
 
 WEIGHTS = next(ASSETS.glob("*.pth"))
@@ -137,6 +139,24 @@ def test_copies_are_what_is_multiplied_also_where_activations_are_made_again() -
     assert not {id(p) for p in scorer.product_weights().values()} & {
         id(p) for name, p in scorer.model.named_parameters() if "norm" in name
     }
+
+
+def test_stacked_experts_with_lora_keep_what_peft_adds_to() -> None:
+    """An fp32 base: copies stand in for all products but those of routers and experts, where peft puts its own sum."""
+    model = tiny_model("qwen3_moe")
+    add_adapters(model, r=2, alpha=4, dropout=0.0, target_modules=[], base="", seed=0)
+    scorer = PairScorer(model.eval())
+    names = scorer.product_weights().keys()
+    assert not {name for name in names if name.endswith(("gate_up_proj", "down_proj", "gate.base_layer.weight"))}
+    assert any("experts.lora_A" in name for name in names) and any("q_proj.base_layer" in name for name in names)
+    batch = pack_pairs(
+        [random_row(torch.Generator().manual_seed(0), prefix=5, chosen=9, rejected=4, mask="final_turn")]
+    )
+    expected = scorer(batch).per_token_logps
+    scorer.half_weights = HalfWeights(scorer.product_weights(), BF16, "nearest").copies
+    with torch.autocast("cpu", BF16):
+        scores = scorer(batch).per_token_logps
+    assert 0 < float((scores - expected).detach().abs().mean()) < 0.05
 
 
 def test_a_frozen_scorer_multiplies_with_the_policy_s_values() -> None:

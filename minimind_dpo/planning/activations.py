@@ -17,22 +17,33 @@ from minimind_dpo.planning.run_shape import RunShape
 from minimind_dpo.planning.shape import ModelShape
 
 
+def fuses_norms(shape: ModelShape, run: RunShape) -> bool:
+    """Whether norms are nodes that keep their input only; on the CPU these are for fp32 weights."""
+    return shape.fused and (run.weight_bytes == 4 or not run.cpu)
+
+
+def norm_input(shape: ModelShape, run: RunShape) -> int:
+    """Bytes of an element of a norm's input, as it is kept: what torch's own operations compute with is fp32."""
+    return run.output_bytes if fuses_norms(shape, run) and not run.autocast else 4
+
+
 def keeps_normalised(shape: ModelShape, run: RunShape) -> bool:
-    """Whether a norm keeps its normalised input: for its weight's gradient, unless it is the fused one (fp32 only)."""
-    return not shape.adapters and not (shape.fused and run.weight_bytes == 4)
+    """Whether a norm keeps its normalised input: for its weight's gradient, unless it is a node."""
+    return not shape.adapters and not fuses_norms(shape, run)
 
 
 def norm_bytes(shape: ModelShape, run: RunShape) -> float:
-    """A layer's two norms, bytes a token: fp32 inputs, the outputs that linear layers keep, and normalised inputs.
+    """A layer's two norms, bytes a token: inputs, the outputs that linear layers keep, and normalised inputs.
 
-    2 (4 h + c h), and 2 c h where normalised inputs are kept
-    autocast: 2 x 4 h + 2 c h; without nodes, or with experts, 5 c h, since each linear layer rounds its input for
-    itself, and 2 x 4 h where they are kept
+    2 (i h + c h), and 2 c h where normalised inputs are kept; i is 4 or, of nodes and half-precision weights, c
+    autocast: 2 x 4 h + 2 c h; without nodes, or with experts on a CPU, 5 c h, since each linear layer rounds its input
+    for itself, and 2 x 4 h where they are kept
     """
-    hidden, inputs = shape.hidden, 2 * 4 * shape.hidden
+    hidden, inputs = shape.hidden, 2 * norm_input(shape, run) * shape.hidden
     if run.autocast:
-        kept = keeps_normalised(shape, run) or shape.routed > 0
-        rounded = 2 if shape.fused and not shape.routed else 5
+        apart = run.cpu and shape.routed > 0
+        kept = keeps_normalised(shape, run) or apart
+        rounded = 2 if shape.fused and not apart else 5
         return inputs + kept * 2 * 4 * hidden + rounded * run.output_bytes * hidden
     return inputs + (keeps_normalised(shape, run) + 1) * 2 * run.output_bytes * hidden
 
@@ -41,16 +52,19 @@ def attention_bytes(shape: ModelShape, run: RunShape) -> float:
     """A layer's attention without its softmax, bytes a token: rotated queries, keys, values and the outputs.
 
     a (q + 2 k) + c q, where a is the bytes of an element that attention keeps (`attended_bytes`)
+    GPU: c (2 q + k) + 4 a query head, and the keys and values gathered for one call: 2 c k (1 + prefix share of the
+    tokens), in fp32 2 c q (1 + the same), since each query head gets keys of its own there
     normed heads: also 4 (q + k), c (q + k) of a fused norm, and c (q + k) where normalised inputs are kept
-    GPU: also 4 a query head, and the keys and values gathered for one call: 2 c k (1 + prefix share of the tokens)
     """
     queries, keys, size = shape.query, shape.key_value, run.output_bytes
     kept: float = attended_bytes(run) * (queries + 2 * keys) + size * queries
-    if shape.normed_heads:
-        fused = shape.fused and run.weight_bytes == 4
-        kept += ((size if fused else 4) + keeps_normalised(shape, run) * size) * (queries + keys)
     if not run.cpu:
-        kept += 4 * shape.heads + size * 2 * keys * (1 + run.prefix * run.pairs / run.tokens)
+        gathered = keys if size == 2 else queries
+        kept = size * (2 * queries + keys) + 4 * shape.heads
+        kept += size * 2 * gathered * (1 + run.prefix * run.pairs / run.tokens)
+    if shape.normed_heads:
+        normed = (size if fuses_norms(shape, run) else 4) + keeps_normalised(shape, run) * size
+        kept += normed * (queries + keys)
     return kept
 
 
@@ -64,9 +78,16 @@ def feed_forward_bytes(shape: ModelShape, run: RunShape) -> float:
 
     c f (3 gated and fused: gate, the other branch, their product; 4 gated: also the activation; 2 without a gate)
     an expert that a token is sent to: also 3 c h
+    GPU: such an expert c (4 f + 2 h) and 24 for the order of the tokens; where experts take all tokens, each of them
+    as a block of its own and 4 h
     """
-    inner = inner_tensors(shape) * shape.intermediate
-    return run.output_bytes * (shape.dense_blocks * inner + shape.routed * (inner + 3 * shape.hidden))
+    size, inner = run.output_bytes, inner_tensors(shape) * shape.intermediate
+    if run.cpu or not shape.routed:
+        return size * (shape.dense_blocks * inner + shape.routed * (inner + 3 * shape.hidden))
+    if shape.whole_experts:
+        return size * (shape.dense_blocks + shape.whole_experts) * inner + 4 * shape.whole_experts * shape.hidden
+    chosen = size * (4 * shape.intermediate + 2 * shape.hidden) + 24
+    return size * shape.dense_blocks * inner + shape.routed * chosen
 
 
 def inner_tensors(shape: ModelShape) -> int:
@@ -95,7 +116,8 @@ def layer_bytes(shape: ModelShape, run: RunShape, rows: int | None = None) -> fl
 def decoder_bytes(shape: ModelShape, run: RunShape) -> float:
     """What all layers keep, and the last norm's input with four tensors of the states that are scored.
 
-    layers x layer + h (4 tokens + 4 c scored); the last layer's feed-forward block works on scored tokens only
+    layers x layer + h (i tokens + 4 c scored), i as in `norm_bytes`; the last layer's feed-forward block works on
+    scored tokens only
     checkpointing: layers x tokens c h (fp32 under autocast), and one layer that is computed again
     """
     tokens, layer = run.tokens, layer_bytes(shape, run)
@@ -103,7 +125,7 @@ def decoder_bytes(shape: ModelShape, run: RunShape) -> float:
     last = layer if shape.routed else layer_bytes(shape, run, scored)
     inputs = (4 if run.autocast else run.output_bytes) * tokens * shape.hidden
     layers = shape.layers * inputs + layer if run.checkpointing else (shape.layers - 1) * layer + last
-    return layers + (4 * tokens + 4 * run.output_bytes * scored) * shape.hidden
+    return layers + (norm_input(shape, run) * tokens + 4 * run.output_bytes * scored) * shape.hidden
 
 
 def mapped_bytes(shape: ModelShape, run: RunShape) -> float:

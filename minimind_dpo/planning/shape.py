@@ -16,6 +16,7 @@ from minimind_dpo.errors import UserError
 from minimind_dpo.models.adapters import add_adapters
 from minimind_dpo.models.fast.fusing import can_fuse
 from minimind_dpo.models.fast.half import product_weights
+from minimind_dpo.models.minimind import MiniMindMoeBlock
 from minimind_dpo.models.places import adapter_base, is_adapter, locate_model
 from minimind_dpo.models.quantization import quantizable
 from minimind_dpo.models.raw import read_raw_weights
@@ -46,6 +47,7 @@ class ModelShape:
         linear: elements of each weight that quantisation takes: of linear layers but the output layer.
         products: elements of each weight that half-precision products have a copy of (`models/fast/half.py`).
         factors: elements that Adafactor keeps of each trained weight: rows and columns of a matrix.
+        whole_experts: experts of a layer that on a GPU take every token, MiniMind's; else 0.
     """
 
     parameters: tuple[int, ...]
@@ -67,6 +69,7 @@ class ModelShape:
     linear: tuple[int, ...] = ()
     products: tuple[int, ...] = ()
     factors: tuple[int, ...] = ()
+    whole_experts: int = 0
 
     @property
     def total(self) -> int:
@@ -164,6 +167,7 @@ def shape_of(model: PreTrainedModel, stored: int = 4, lora_r: int | None = None)
         lora_r=lora_r or 0,
         linear=linear,
         products=products,
+        whole_experts=experts if any(isinstance(module, MiniMindMoeBlock) for module in model.modules()) else 0,
         factors=tuple(_factors(parameter) for parameter in model.parameters() if parameter.requires_grad),
     )
 

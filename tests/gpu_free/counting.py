@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -69,6 +70,36 @@ class Watch(TorchDispatchMode):
             self.copies += 1
         else:
             self.blocking.append(f"{name} of {list(source.shape)} {'from' if on_device(source) else 'to'} the device")
+
+
+class Storages(TorchDispatchMode):
+    """Knows what of the device's memory was taken since it began, and is still held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._held: dict[Any, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {_key(tensor) for tensor in tree_leaves((args, kwargs)) if _is_held(tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if _is_held(tensor) and _key(tensor) not in given:
+                storage = tensor.untyped_storage()
+                self._held[StorageWeakRef(storage)] = storage.nbytes()
+        return result
+
+    def alive(self) -> int:
+        """Bytes."""
+        self._held = {reference: size for reference, size in self._held.items() if not reference.expired()}
+        return sum(self._held.values())
+
+
+def _is_held(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and on_device(leaf)
+
+
+def _key(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def on_device(tensor: torch.Tensor) -> bool:

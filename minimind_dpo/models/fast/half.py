@@ -18,11 +18,19 @@ _NO_PRODUCTS = (nn.Embedding, nn.modules.conv._ConvNd)
 
 
 def product_places(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str]]:
-    """Modules and the names of their parameters that autocast would round: those of linear layers, routers, experts."""
+    """Modules and the names of their parameters that autocast would round: those of linear layers, routers, experts.
+
+    But for those that peft's LoRA adds to in their own place, as it does beside routers and stacked experts: it refuses
+    a module that has something else there.
+    """
+    wrappers: list[Any] = [module for module in model.modules() if type(module).__name__ == "ParamWrapper"]
+    taken = {(wrapper.get_base_layer(), wrapper.parameter_name) for wrapper in wrappers}
     for module in model.modules():
         if isinstance(module, _NO_PRODUCTS):
             continue
         for name, parameter in module.named_parameters(recurse=False):
+            if (module, name) in taken:
+                continue
             is_matrix = parameter.dim() == 3 or (parameter.dim() == 2 and name == "weight")
             if parameter.is_floating_point() and (is_matrix or isinstance(module, (nn.Linear, Conv1D))):
                 yield module, name
