@@ -324,6 +324,42 @@ def test_splits_and_folders(tmp_path: Path) -> None:
         places(f"{folder}:train")
 
 
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (["default/test/0000.jsonl", "default/train/0000.jsonl"], "holds the splits test, train"),
+        (["heldout.jsonl", "train.jsonl"], "holds the splits heldout, train"),
+        (["dpo_test.jsonl", "dpo_train.jsonl"], "holds the splits test, train"),
+        (["dpo-Evaluation.jsonl", "trainset.jsonl"], "holds the splits evaluation, train"),
+        (["more.jsonl", "train.jsonl"], "holds the split train, and more.jsonl, which names none"),
+    ],
+)
+def test_splits_in_any_name(tmp_path: Path, names: list[str], message: str) -> None:
+    for number, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(tmp_path / name, [ROWS[number]])
+    with pytest.raises(UserError, match=message):
+        find_files(str(tmp_path))
+    assert questions(f"{tmp_path}:train") == [EXPECTED[1]]
+    assert questions(str(tmp_path / names[0])) == [EXPECTED[0]]
+
+
+def test_words_that_name_no_split(tmp_path: Path) -> None:
+    for number, name in enumerate(["contest", "latest", "strain", "vale"]):
+        write_jsonl(tmp_path / f"{name}.jsonl", [ROWS[number]])
+    assert questions(str(tmp_path)) == EXPECTED[:4]
+
+
+def test_what_lies_deeper_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number, name in enumerate(["train.jsonl", "more/train2.jsonl", ".cache/train.jsonl"]):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_jsonl(tmp_path / name, [ROWS[number]])
+    for source in (str(tmp_path), f"{tmp_path}:train"):
+        assert questions(source) == EXPECTED[:1]
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "not the 1 in folders of it (first: more/train2.jsonl)" in told
+
+
 @pytest.mark.parametrize("name", ["f.jsonl.gz", "f.json.gz"])
 def test_packed_files(tmp_path: Path, name: str) -> None:
     text = "\n".join(map(json.dumps, ROWS)) if "jsonl" in name else json.dumps(ROWS)

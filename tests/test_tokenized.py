@@ -257,6 +257,14 @@ def test_an_entry_under_another_ones_name_is_not_taken(
     assert [run(path).digest for path in paths] == digests and len(calls) == 2 * len(ROWS)
 
 
+def test_a_file_that_gives_nothing_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    paths = [write_jsonl(tmp_path / "a.jsonl", ROWS), write_jsonl(tmp_path / "b.jsonl", []), str(tmp_path / "c.json")]
+    Path(paths[2]).write_text("[]")
+    for _ in range(2):
+        assert len(run(paths)) == 5
+        assert caplog.records.pop().getMessage() == f"no pair comes from {paths[1]}, {paths[2]}"
+
+
 def test_a_packed_name_is_other_content(tmp_path: Path) -> None:
     plain = Path(write_jsonl(tmp_path / "f.jsonl", ROWS))
     run(str(plain))

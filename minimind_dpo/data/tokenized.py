@@ -126,6 +126,8 @@ def _tokenized(
     report = _report(meta, files)
     if _is_first_rank():
         logger.log(logging.WARNING if report.dropped else logging.INFO, "%s", report)
+        if settings.split is None:
+            _notice_empty(files, dataset.data["file"].to_numpy())
     # The cache keeps numbers; the names are those of the files in use now, which may have moved.
     dataset = dataset.with_transform(partial(_add_places, tuple(replace(file, dataset=None) for file in files)))
     return TokenizedData(dataset, dataset.data["tokens"].to_numpy(), meta["digest"], report)
@@ -174,6 +176,12 @@ def _tokenize_into(
             part = "held out" if settings.split.held_out else "left to train on"
             raise UserError(f"eval_split: no pair of {names} is {part}; give a number of pairs, or other data")
         raise UserError(f"no usable pair in {names}: {report}")
+
+
+def _notice_empty(files: tuple[DataFile, ...], kept: np.ndarray) -> None:
+    """Say which of several files gave nothing; `kept` [N] has the file of each pair."""
+    if empty := [files[number].name for number in np.setdiff1d(np.arange(len(files)), kept)]:
+        logger.warning("no pair comes from %s", ", ".join(empty))
 
 
 def _add_places(files: tuple[DataFile, ...], batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
