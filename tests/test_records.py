@@ -382,8 +382,25 @@ def test_csv(tmp_path: Path) -> None:
     first, second = (parse_line(payload, place) for place, payload in rows[:2])
     assert (first.chosen, first.weight, first.place) == (say("why,\nso?", "yes"), 0.5, f"{path}:row 1")
     assert (second.chosen, second.weight) == (say("a", "b"), 1.0)
-    with pytest.raises(RowError, match="f.csv:row 3: found the keys prompt, chosen;"):
+    with pytest.raises(RowError, match="f.csv:row 3: 2 fields under 4 names"):
         parse_line(rows[2][1], rows[2][0])
+
+
+def test_fields_that_no_name_or_two_names_have(tmp_path: Path) -> None:
+    path = tmp_path / "f.csv"
+    path.write_text("prompt,chosen,rejected,,\nq,yes,no,,\nwhy, so,yes,no,,\nr,yes,no,,\n")
+    (file,) = find_files(str(path))
+    payloads = dict(read_rows(file))
+    assert parse_line(payloads[1], "x").chosen == say("q", "yes") and parse_line(payloads[3], "x").plain
+    with pytest.raises(RowError, match="f.csv:row 2: 6 fields under 5 names"):
+        parse_line(payloads[2], "x")
+    path.write_text("prompt,chosen,rejected,chosen\nq,yes,no,maybe\n")
+    with pytest.raises(UserError, match="f.csv: has several columns 'chosen'"):
+        places(str(path))
+    table = pa.table([["q"], ["yes"], ["no"], ["maybe"]], names=["prompt", "chosen", "rejected", "chosen"])
+    pq.write_table(table, tmp_path / "f.parquet")
+    with pytest.raises(UserError, match="f.parquet: has several columns 'chosen'"):
+        places(str(tmp_path / "f.parquet"))
 
 
 def test_parquet_of_json_text(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from minimind_dpo.data.conversations import join_row
 from minimind_dpo.data.forms import FORMS, plain_row, rename_columns
 from minimind_dpo.data.json_text import RowError, check_plain, check_text, fail, load_json, type_name, without_nulls
 from minimind_dpo.data.messages import ROLES, Message, refuse_media
+from minimind_dpo.data.rows import Payload
 
 __all__ = ["ROLES", "Message", "PreferencePair", "RowError", "parse_line", "parse_row", "shared_messages"]
 
@@ -45,17 +46,19 @@ class PreferencePair:
     prefill: str = ""
 
 
-def parse_line(payload: bytes | dict[str, Any], place: str, columns: Mapping[str, str] | None = None) -> PreferencePair:
+def parse_line(payload: Payload, place: str, columns: Mapping[str, str] | None = None) -> PreferencePair:
     """A pair from one undecoded JSON line, or from a row of a table, whose absent values are `None`.
 
     Args:
-        payload: the line or row.
+        payload: the line or row, or why there is none.
         place: where it was read, for errors.
         columns: for each of our columns the row's own name of it, where that is another.
 
     Raises:
         RowError: the row is not UTF-8, not JSON, or not a row of preferences; the message starts with `place`.
     """
+    if isinstance(payload, RowError):
+        raise payload
     if not isinstance(payload, bytes):
         return parse_row(without_nulls(payload), place, columns)
     try:

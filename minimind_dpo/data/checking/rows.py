@@ -60,8 +60,6 @@ def _check_row(
 ) -> tuple[list[tuple[str, str]], tuple[Any, ...] | None]:
     """The findings of a row, and its numbers as `ROW` has them, without its place."""
     try:
-        if isinstance(payload, RowError):  # the file ends here, damaged
-            raise payload
         pair = parse_line(payload, place, dict(settings.columns))
         whole = encode_whole(pair, tokenizer, settings.completion_mask, settings.template_date)
     except RowError as error:
