@@ -128,6 +128,21 @@ def test_a_prefilled_beginning_is_the_prompts() -> None:
     assert "Well, you see<|im_end|>\n" in tiny_tokenizer("minimind3").decode(counted)
 
 
+def test_a_token_that_reaches_into_the_answer_counts() -> None:
+    """` user` and ` assistant` are tokens: with the prompt's last space they begin before the answer does."""
+    pair = parse_row({"prompt": say("why?", "a question "), "chosen": "user", "rejected": "assistant"}, "x")
+    tokenizer = tiny_tokenizer("minimind3")
+    assert len(tokenizer(" user")["input_ids"]) == len(tokenizer(" assistant")["input_ids"]) == 1
+    made = tokens(pair, "final_turn")
+    for (ids, mask), words in zip((made[:2], made[2:]), (" user", " assistant"), strict=True):
+        counted = [token for token, counts in zip(ids, mask, strict=True) if counts]
+        assert tokenizer.decode(counted) == f"{words}<|im_end|>\n"
+    bare = tiny_tokenizer(None)
+    plain = parse_row({"prompt": "a question ", "chosen": "user", "rejected": "assistant"}, "x")
+    side = encode_pair(plain, bare, max_length=99, completion_mask="all_assistant")
+    assert side.chosen_completion_mask[-2:] == [1, 1] and sum(side.chosen_completion_mask) == 2
+
+
 @pytest.mark.parametrize(
     "bad, message",
     [

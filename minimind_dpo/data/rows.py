@@ -195,9 +195,7 @@ def _check_names(file: DataFile, names: list[str]) -> None:
 
 def _csv_row(names: list[str], fields: list[str], place: str) -> dict[str, Any] | RowError:
     if len(fields) != len(names):  # which of them is which can't be told
-        return RowError(
-            "wrong_keys", f"{place}: {len(fields)} fields under {len(names)} names; quote what has commas"
-        )
+        return RowError("wrong_keys", f"{place}: {len(fields)} fields under {len(names)} names; quote what has commas")
     return {name: _csv_value(name, field) for name, field in zip(names, fields, strict=True)}
 
 
