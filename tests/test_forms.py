@@ -77,6 +77,20 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "hh-rlhf, prompt": ({"prompt": HH, "chosen": " yes", "rejected": " no"}, PLAIN),
     "hh-rlhf, prompt and both": ({"prompt": HH, "chosen": HH + " yes", "rejected": HH + " no"}, PLAIN),
     "json text": ({"chosen": json.dumps(PLAIN["chosen"]), "rejected": json.dumps(PLAIN["rejected"])}, PLAIN),
+    "json of json": ({"chosen": json.dumps(json.dumps(PLAIN["chosen"])),
+                      "rejected": json.dumps(json.dumps(PLAIN["rejected"]))}, PLAIN),
+    "python text": ({"chosen": str(PLAIN["chosen"]), "rejected": str(PLAIN["rejected"])}, PLAIN),
+    "python text, answers": ({"prompt": str(say("why?")), "chosen": str([YES | {"name": None}]), "rejected": str(NO)},
+                             ONE),
+    "python text, quotes": ({"prompt": str(say("it's \"why\"?")), "chosen": str([YES]), "rejected": str([NO])},
+                            row("it's \"why\"?", chosen="yes", rejected="no")),
+    "question, json text": ({"question": json.dumps(say("hello", "hi", "why?")), **TEXTS}, PLAIN),
+    "text parts, json text": (
+        {"prompt": json.dumps(parts("why?")[0]["content"]), "chosen": json.dumps([{"type": "text", "text": "yes"}]),
+         "rejected": "no"}, ONE),
+    "text parts, json text inside": (
+        {"chosen": [m | {"content": json.dumps(m["content"])} for m in parts("why?", "yes")],
+         "rejected": say("why?", "no")}, ONE),
     "system beside text": ({"prompt": "why?", "system": "be kind", **TEXTS}, ONE_SYSTEM),
     "system beside lists": (ONE | {"system": "be kind"}, ONE_SYSTEM),
     "system twice": (ONE_SYSTEM | {"system": "be kind"}, ONE_SYSTEM),
@@ -156,6 +170,11 @@ def test_a_token_that_reaches_into_the_answer_counts() -> None:
         ({"messages": say("a", "b"), "rejected_response": "c", **TEXTS}, "its answers stand in chosen"),
         ({"instruction": "a", "output": ["b"]}, "output must hold two answers"),
         ({"instruction": "a", "output": "b"}, "found the keys instruction, output; accepted rows"),
+        ({"prompt": json.dumps(say("why?"))[:-1], **TEXTS}, "prompt begins as messages do"),
+        ({"prompt": "why?", "chosen": str([YES])[:-1], "rejected": "no"}, "chosen begins as messages do"),
+        ({"prompt": "why?", "chosen": json.dumps(YES)[:-1], "rejected": "no"}, "chosen begins as messages do"),
+        ({"prompt": str(say("a", "b", "c")).replace(",", "\n"), **TEXTS}, "prompt begins as messages do"),
+        ({"prompt": json.dumps([{"type": "image", "image": "x.png"}]), **TEXTS}, "is of the type 'image'"),
         ({"messages": say("a", "b"), "rejected_response": ["c", "d"]}, "rejected_response must be one text"),
         ({"chosen": "a", "rejected": "b"}, "plain-text answers need a prompt"),
         ({"chosen": HH + " yes", "rejected": "no"}, "plain-text answers need a prompt"),
@@ -167,6 +186,26 @@ def test_a_token_that_reaches_into_the_answer_counts() -> None:
 def test_what_can_be_read_in_two_ways_names_its_row(bad: dict[str, Any], message: str) -> None:
     with pytest.raises(RowError, match=f"^f:3: .*({message})"):
         parse_row(bad, "f:3")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        json.dumps(say("hi")) + " What does this say?",
+        '[{"role": role, "content": words}]',
+        '{"from": "Paris", "to": "Rome"}',
+        '[{"type": "button", "text": "go"}]',
+        "{'a': 1}",
+        '["yes", "no"]',
+        '"[{\\"a',
+    ],
+)
+def test_words_that_only_look_like_messages(words: str) -> None:
+    assert parse_row({"question": words, **TEXTS}, "x").chosen == say(words, "yes")
+    if "from" not in words:
+        assert parse_row({"prompt": words, "chosen": words + "1", "rejected": "no"}, "x").chosen == say(
+            words, words + "1"
+        )
 
 
 def test_columns_under_other_names() -> None:

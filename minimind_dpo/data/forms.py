@@ -6,13 +6,13 @@ A row in which two ways stand side by side is an error: which one is meant can b
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from typing import Any
 
-from minimind_dpo.data.json_text import fail, load_json, type_name
-from minimind_dpo.data.messages import Message, looks_like_message
+from minimind_dpo.data.encoded import messages_of_text
+from minimind_dpo.data.json_text import fail, type_name
+from minimind_dpo.data.messages import Message
 
 Row = dict[str, Any]
 
@@ -39,7 +39,7 @@ def plain_row(row: Row, place: str) -> tuple[Row, set[str]]:
     Raises:
         RowError: the row is of none of the forms, or of several.
     """
-    row = {name: _messages_of_text(name, value, place) for name, value in row.items()}
+    row = {name: _decoded(name, value, place) for name, value in row.items()}
     answers = [names for names in ANSWERS if _present(row, names)]
     if len(answers) != 1:
         what = "found the keys" if not answers else f"its answers stand in {_listed(answers)}, which is meant? found"
@@ -164,7 +164,8 @@ PROMPTS: dict[tuple[str, ...], Callable[[Row, str], Any]] = {
     ("query",): _column("query"),
 }
 COLUMNS = frozenset({*OPTIONAL, *(name for way in (*ANSWERS, *PROMPTS) for name in way), "history"})
-_OF_MESSAGES = COLUMNS - {*OPTIONAL, "instruction", "input", "question", "query", "response", "history"}
+_OF_WORDS = ("question", "query", "response")  # these are seldom more than words
+_OF_MESSAGES = COLUMNS - {*OPTIONAL, *_OF_WORDS, "instruction", "input", "history"}
 
 
 def _present(row: Row, names: tuple[str, ...]) -> bool:
@@ -181,16 +182,11 @@ def _listed(ways: list[tuple[str, ...]]) -> str:
     return " and in ".join(" + ".join(way) for way in ways)
 
 
-def _messages_of_text(name: str, value: Any, place: str) -> Any:
-    """Message lists that a table keeps as JSON text."""
-    if name not in _OF_MESSAGES or not isinstance(value, str) or not re.match(r"\s*(\[\s*)?\{\s*\"", value):
+def _decoded(name: str, value: Any, place: str) -> Any:
+    """Message lists that a table keeps as text."""
+    if not isinstance(value, str) or name not in (*_OF_MESSAGES, *_OF_WORDS):
         return value
-    try:
-        read = json.loads(value)
-    except (ValueError, RecursionError):
-        return value  # words that only look like JSON
-    messages = read if isinstance(read, list) else [read]
-    return load_json(value, place, name) if messages and all(map(looks_like_message, messages)) else value
+    return messages_of_text(value, name, place, strict=name in _OF_WORDS)
 
 
 def _check_conversation(messages: Any, place: str) -> None:

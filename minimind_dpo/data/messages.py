@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from minimind_dpo.data.json_text import check_plain, fail, load_json, type_name
+from minimind_dpo.data.json_text import check_plain, fail, load_json, type_name, value_in
 
 Message = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # ShareGPT's, LLaMA-Factory's and ms-swift's names
-_OTHER_ROLES = {
+OTHER_ROLES = {
     "human": "user",
     "gpt": "assistant",
     "bot": "assistant",
@@ -20,6 +20,7 @@ _OTHER_ROLES = {
     "function_call": "assistant",
     "tool_call": "assistant",
 }
+_PARTS = ("text", "reasoning", "tool_call", "image", "image_url", "video", "video_url", "audio", "input_audio")
 _CALLS = ("function_call", "tool_call")
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
@@ -88,6 +89,28 @@ def looks_like_message(value: Any) -> bool:
     return isinstance(value, dict) and bool({"role", "from"} & value.keys())
 
 
+def looks_like_parts(value: Any) -> bool:
+    """Whether a value is a content of parts: `[{"type": "text", "text": ...}]`."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(part, dict) and part.get("type") in _PARTS and len(part) > 1 for part in value)
+    )
+
+
+def words_of_parts(parts: list[Any], name: str, place: str) -> str:
+    """The text of a content of parts.
+
+    Raises:
+        RowError: a part is not text.
+    """
+    message: Message = {"content": parts}
+    _join_parts(message, name, place)
+    if message.keys() != {"content"}:
+        fail("wrong_type", place, f"{name} has thoughts or calls and no role; write it as a message")
+    return message["content"]
+
+
 def _message(message: Any, name: str, place: str) -> Message:
     if not isinstance(message, dict):
         fail("wrong_type", place, f'{name} must be {{"role": ..., "content": ...}}, not {type_name(message)}')
@@ -98,10 +121,12 @@ def _message(message: Any, name: str, place: str) -> Message:
     if "role" not in message:
         fail("wrong_keys", place, f"{name} has no role (its keys: {', '.join(map(str, message)) or 'none'})")
     said = message["role"]
-    role = _OTHER_ROLES.get(said, said) if isinstance(said, str) else said
+    role = OTHER_ROLES.get(said, said) if isinstance(said, str) else said
     if role not in ROLES:
-        fail("wrong_role", place, f"{name} has the role {said!r}; roles are {', '.join((*ROLES, *_OTHER_ROLES))}")
+        fail("wrong_role", place, f"{name} has the role {said!r}; roles are {', '.join((*ROLES, *OTHER_ROLES))}")
     message["role"] = role
+    if isinstance(message.get("content"), str) and looks_like_parts(parts := value_in(message["content"])):
+        message["content"] = parts
     if isinstance(message.get("content"), list):
         _join_parts(message, name, place)
     if said in _CALLS:
