@@ -76,6 +76,19 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "hh-rlhf": ({"chosen": HH + " yes", "rejected": HH + " no"}, PLAIN),
     "hh-rlhf, prompt": ({"prompt": HH, "chosen": " yes", "rejected": " no"}, PLAIN),
     "hh-rlhf, prompt and both": ({"prompt": HH, "chosen": HH + " yes", "rejected": HH + " no"}, PLAIN),
+    "hh-rlhf, prompt as text": ({"prompt": "why?", "chosen": HH + " yes", "rejected": HH + " no"}, PLAIN),
+    "hh-rlhf, prompt as list": ({"prompt": say("hello", "hi", "why?"), "chosen": HH + " yes", "rejected": HH + " no"},
+                                PLAIN),
+    "hh-rlhf, crlf": ({"chosen": (HH + " yes").replace("\n", "\r\n"),
+                       "rejected": (HH + " no").replace("\n", "\r\n")}, PLAIN),
+    "hh-rlhf, lines": ({"chosen": (HH + " yes").replace("\n\n", "\n"), "rejected": (HH + " no").replace("\n\n", "\n")},
+                       PLAIN),
+    "hh-rlhf, lines in words": (
+        {"chosen": HH + " a\nHuman: b", "rejected": HH + " no"},
+        row("hello", "hi", "why?", chosen="a\nHuman: b", rejected="no")),
+    "empty prompt beside conversations": (PLAIN | {"prompt": ""}, PLAIN),
+    "empty prompt beside a prompt": ({"prompt": "", "conversations": SHAREGPT, "chosen": GPT_YES, "rejected": GPT_NO},
+                                     PLAIN),
     "json text": ({"chosen": json.dumps(PLAIN["chosen"]), "rejected": json.dumps(PLAIN["rejected"])}, PLAIN),
     "json of json": ({"chosen": json.dumps(json.dumps(PLAIN["chosen"])),
                       "rejected": json.dumps(json.dumps(PLAIN["rejected"]))}, PLAIN),
@@ -112,6 +125,23 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         row("why?", chosen="because", rejected="before")),
     "prefilled, repeated": (row("why?", chosen="because", rejected="before") | {"prompt": say("why?", "be")},
                             row("why?", chosen="because", rejected="before")),
+    "prefilled, repeated in texts": (
+        {"prompt": say("why?", "It is "), "chosen": "It is so", "rejected": "It is not"},
+        row("why?", chosen="It is so", rejected="It is not")),
+    "prefilled, repeated in answers": (
+        {"prompt": say("why?", "It is"), "chosen": [YES | {"content": "It is so"}],
+         "rejected": [NO | {"content": "It is not"}]},
+        row("why?", chosen="It is so", rejected="It is not")),
+    "prefilled, one word twice": (
+        {"prompt": say("why?", "ha"), "chosen": "haha", "rejected": "hah"},
+        row("why?", chosen="hahaha", rejected="hahah")),
+    "prefilled, repeated once": (
+        {"prompt": say("why?", "It is "), "chosen": "It is so", "rejected": "not"},
+        row("why?", chosen="It is It is so", rejected="It is not")),
+    "an answer about humans": ({"prompt": "Define one", "chosen": "Human: an ape", "rejected": "Human: a robot"},
+                               row("Define one", chosen="Human: an ape", rejected="Human: a robot")),
+    "a prompt that both answers begin with": ({"prompt": "The", "chosen": "The cat", "rejected": "The dog"},
+                                              row("The", chosen="The cat", rejected="The dog")),
     "prompt that ends in an answer": (
         {"prompt": say("hello", "hi"), "chosen": say("why?", "yes"), "rejected": say("why?", "no")}, PLAIN),
 }  # fmt: skip
@@ -165,6 +195,7 @@ def test_a_token_that_reaches_into_the_answer_counts() -> None:
         (ONE_SYSTEM | {"system": "be rude"}, "two different system messages"),
         (ONE | {"prompt": say("why?", "no"), "rejected": say("why?", "yes")}, "prompt says something else"),
         ({"chosen": say("why?", "yes"), "rejected": say("why? ", "no"), "prompt": "why?"}, "repeat the prompt differ"),
+        ({"prompt": "where?", "chosen": HH + " yes", "rejected": HH + " no"}, "prompt says something else"),
         ({"prompt": "a", "question": "b", **TEXTS}, "its prompt stands in prompt and in question"),
         ({"conversations": SHAREGPT, "instruction": "b", **TEXTS}, "in conversations and in instruction"),
         ({"messages": say("a", "b"), "rejected_response": "c", **TEXTS}, "its answers stand in chosen"),

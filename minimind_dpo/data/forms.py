@@ -25,7 +25,8 @@ FORMS = (
 )
 _ASSISTANT = ("assistant", "gpt", "bot", "function_call", "tool_call")
 _TURN = ("user", "assistant")
-_SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+_SPEAKER = re.compile(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):")
+_SPEAKER_OF_LINES = re.compile(r"(?:\A\s*|\r?\n)(Human|Assistant):")
 
 
 def plain_row(row: Row, place: str) -> tuple[Row, set[str]]:
@@ -47,6 +48,8 @@ def plain_row(row: Row, place: str) -> tuple[Row, set[str]]:
     plain = ANSWERS[answers[0]](row, place)
     used = {*answers[0], *OPTIONAL}
     prompts = [names for names in PROMPTS if any(_gives_prompt(row, name) for name in names)]
+    if len(prompts) > 1 and not row.get("prompt", True):
+        prompts.remove(("prompt",))
     if len(prompts) > 1:
         fail("wrong_keys", place, f"its prompt stands in {_listed(prompts)}; say which: --columns prompt=NAME")
     for names in prompts:
@@ -81,9 +84,9 @@ def rename_columns(row: Row, columns: dict[str, str], place: str) -> Row:
     }
 
 
-def transcript(text: str) -> list[Message] | None:
+def transcript(text: str, speaker: re.Pattern[str] = _SPEAKER) -> list[Message] | None:
     """The messages of hh-rlhf's transcripts (`\\n\\nHuman: ... \\n\\nAssistant: ...`); None of any other text."""
-    pieces = _SPEAKER.split(text)
+    pieces = speaker.split(text)
     if len(pieces) < 3 or pieces[0] or pieces[1] != "Human":
         return None
     roles = {"Human": "user", "Assistant": "assistant"}
@@ -218,15 +221,28 @@ def _with_history(history: Any, prompt: str, place: str) -> list[Message]:
 
 def _spoken(plain: Row) -> Row:
     """hh-rlhf's transcripts as conversations; texts of another kind stay."""
-    if not all(isinstance(plain.get(name, ""), str) for name in ("prompt", "chosen", "rejected")):
+    if not all(isinstance(plain[side], str) for side in ("chosen", "rejected")):
         return plain
-    asked = transcript(plain.get("prompt", ""))
-    sides = {side: transcript(plain[side]) for side in ("chosen", "rejected")}
+    prompt = plain.get("prompt", "")
+    asked, sides = _transcripts(plain, prompt, _SPEAKER)
+    whole = all(map(is_whole, sides.values()))
+    if not whole and all(map(is_whole, (lines := _transcripts(plain, prompt, _SPEAKER_OF_LINES))[1].values())):
+        (asked, sides), whole = lines, True
     opened = asked is not None and asked[-1] == {"role": "assistant", "content": ""}
-    if all(sides.values()) and (asked or "prompt" not in plain):
+    if all(sides.values()) and (asked or whole or "prompt" not in plain):
         plain |= sides
     elif opened:
         plain |= {side: plain[side].strip() for side in sides}
     else:
         return plain
     return plain | {"prompt": asked[:-1] if opened else asked} if asked else plain
+
+
+def _transcripts(plain: Row, prompt: Any, speaker: re.Pattern[str]) -> tuple[list[Message] | None, dict[str, Any]]:
+    asked = transcript(prompt, speaker) if isinstance(prompt, str) else None
+    return asked, {side: transcript(plain[side], speaker) for side in ("chosen", "rejected")}
+
+
+def is_whole(told: list[Message] | None) -> bool:
+    """Whether a transcript is a conversation with an answer at its end: no words of another kind are."""
+    return told is not None and len(told) > 1 and told[-1]["role"] == "assistant" and bool(told[-1]["content"])
