@@ -151,8 +151,8 @@ def _saved_dataset(path: Path, split: str | None) -> DataFile:
 
     try:
         loaded = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: can't be read as a saved data set: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # what damaged JSON leads to
+        raise UserError(f"{path}: can't be read as a saved data set: {type(error).__name__}: {error}") from None
     if isinstance(loaded, datasets.DatasetDict):
         wanted = split or "train"
         if wanted not in loaded:
