@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from minimind_dpo.data.json_text import check_plain, fail, load_json, type_name, value_in
@@ -22,7 +23,11 @@ OTHER_ROLES = {
 }
 _PARTS = ("text", "reasoning", "tool_call", "image", "image_url", "video", "video_url", "audio", "input_audio")
 _CALLS = ("function_call", "tool_call")
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+# `image`, `videos`, `audio_path`, `image_urls`, ...; not `image_prompt` or `has_image`
+_MEDIA = re.compile(
+    r"(image|picture|photo|img|video|audio)s?(_?(path|url|uri|file|filename|file_name|name|bytes|base64|b64|data|id)s?)?",
+    re.IGNORECASE,
+)
 
 
 def read_messages(messages: Any, name: str, place: str) -> list[Message]:
@@ -47,9 +52,8 @@ def refuse_media(values: dict[str, Any], name: str, place: str) -> None:
     Raises:
         RowError: a column or key of `values` holds one.
     """
-    for key in _MEDIA:
-        value = values.get(key)
-        if any(value) if isinstance(value, list) else value:
+    for key, value in values.items():
+        if _MEDIA.fullmatch(str(key)) and (any(value) if isinstance(value, list) else value):
             fail("not_text", place, f"{name}{key}: only text is trained on; take such rows out (on_bad_row: drop does)")
 
 
