@@ -105,6 +105,9 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"chosen": [m | {"content": json.dumps(m["content"])} for m in parts("why?", "yes")],
          "rejected": say("why?", "no")}, ONE),
     "system beside text": ({"prompt": "why?", "system": "be kind", **TEXTS}, ONE_SYSTEM),
+    "system prompt beside text": ({"prompt": "why?", "system_prompt": "be kind", "system": "", **TEXTS}, ONE_SYSTEM),
+    "system prompt twice": (ONE | {"system_prompt": "be kind", "system": "be kind"}, ONE_SYSTEM),
+    "a picture's prompt": ({"prompt": "why?", "image_prompt": "a cat", "has_image": True, "image": [], **TEXTS}, ONE),
     "system beside lists": (ONE | {"system": "be kind"}, ONE_SYSTEM),
     "system twice": (ONE_SYSTEM | {"system": "be kind"}, ONE_SYSTEM),
     # a prompt that both conversations repeat, more or less
@@ -245,5 +248,8 @@ def test_columns_under_other_names() -> None:
     assert parse_row(given, "x", columns).chosen == ONE["chosen"]
     assert parse_row({"question": "why?", "prompt": "a", **TEXTS}, "x", {"prompt": "prompt"}).chosen == say("a", "yes")
     assert parse_row({"prompt": "why?", "good": "yes", "rejected": "no"}, "x", {"chosen": "good"}).plain
+    optional = {"system": "sys", "weight": "w"}
+    assert parse_row(ONE | {"sys": "be kind"}, "x", optional).chosen == ONE_SYSTEM["chosen"]
+    assert parse_row(ONE, "x", optional).chosen == ONE["chosen"]
     with pytest.raises(RowError, match="x: columns: no column good, only prompt, chosen, rejected"):
         parse_row({"prompt": "a", **TEXTS}, "x", {"chosen": "good"})

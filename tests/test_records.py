@@ -134,6 +134,12 @@ BAD_ROWS: list[tuple[Any, str, str]] = [
         "image",
     ),
     ({"chosen": [MESSAGE[0] | {"images": ["x"]}, MESSAGE[1]], "rejected": MESSAGE}, "not_text", "images: only text"),
+    (row("q", image_path="a.png"), "not_text", "image_path: only text"),
+    (row("q", image_url="http://a"), "not_text", "image_url: only text"),
+    (row("q", Audio_Files=["a.wav"]), "not_text", "Audio_Files: only text"),
+    (row("q", system="a", system_prompt="b"), "wrong_keys", "system and system_prompt differ"),
+    (row("q", weight=1e39), "wrong_weight", "weight must be a number that fp32 can hold"),
+    (row("q", margin=-3.5e38), "wrong_margin", "margin must be a number that fp32 can hold"),
     (row("q", id=1.5), "wrong_type", "id must be"),
     (row("q", tools=[1]), "wrong_type", "tools must be"),
     (row("q", tools="{"), "broken_json", "tools is not JSON"),
@@ -292,6 +298,21 @@ def test_directory_saved_by_datasets(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="not a directory saved by datasets"):
         places(str(tmp_path / "empty"))
+
+
+def test_a_saved_picture_is_refused_unopened(tmp_path: Path) -> None:
+    columns = {"prompt": ["q", "r"], "chosen": ["a", "b"], "rejected": ["c", "d"]}
+    pictures = [{"bytes": b"no picture", "path": None}, None]
+    features = datasets.Features({name: datasets.Value("string") for name in columns} | {"image": datasets.Image()})
+    datasets.Dataset.from_dict(columns | {"image": pictures}, features=features).save_to_disk(str(tmp_path / "d"))
+    (file,) = find_files(str(tmp_path / "d"))
+    (_, first), (_, second) = read_rows(file)
+    with pytest.raises(RowError, match="x: image: only text"):
+        parse_line(first, "x")
+    assert parse_line(second, "x").chosen == say("r", "b")
+    (tmp_path / "d" / "state.json").write_text("[]")
+    with pytest.raises(UserError, match="d: can't be read as a saved data set"):
+        find_files(str(tmp_path / "d"))
 
 
 def test_lists_and_globs_keep_their_order(tmp_path: Path) -> None:

@@ -68,9 +68,9 @@ def rename_columns(row: Row, columns: dict[str, str], place: str) -> Row:
     """The row with columns under our names: `columns` says, for each of ours, which of the row's is meant.
 
     Raises:
-        RowError: the row has no such column.
+        RowError: the row has no such column, and ours is not an optional one.
     """
-    absent = [theirs for theirs in columns.values() if theirs not in row]
+    absent = [theirs for ours, theirs in columns.items() if theirs not in row and ours not in OPTIONAL]
     if absent:
         fail("wrong_keys", place, f"columns: no column {', '.join(absent)}, only {', '.join(map(str, row))}")
     # What is said with `columns` is meant: other columns that would name the same are not asked.
@@ -80,7 +80,7 @@ def rename_columns(row: Row, columns: dict[str, str], place: str) -> Row:
     if columns.keys() & {"chosen", "rejected"}:
         replaced |= {name for way in ANSWERS for name in way} - {"chosen", "rejected", "messages"}
     return {name: value for name, value in row.items() if name not in replaced} | {
-        ours: row[theirs] for ours, theirs in columns.items()
+        ours: row[theirs] for ours, theirs in columns.items() if theirs in row
     }
 
 

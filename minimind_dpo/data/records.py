@@ -19,6 +19,7 @@ __all__ = ["ROLES", "Message", "PreferencePair", "RowError", "parse_line", "pars
 
 logger = logging.getLogger("minimind_dpo")
 
+_LARGEST = 3.4028234663852886e38  # the largest finite number in fp32, in which losses are computed
 _noticed_columns: set[frozenset[str]] = set()
 
 
@@ -76,9 +77,12 @@ def parse_row(row: dict[str, Any], place: str, columns: Mapping[str, str] | None
     """
     if not isinstance(row, dict):
         fail("wrong_type", place, f"a row must be an object, this one is {type_name(row)}; {FORMS}")
-    row = rename_columns(row, dict(columns), place) if columns else row
+    if columns:
+        _notice_absent_columns(columns, row, place)
+        row = rename_columns(row, dict(columns), place)
     row = {key: value for key, value in row.items() if value is not None}
     refuse_media(row, "", place)
+    row = _with_one_system(row, place)
     plain, used = plain_row(row, place)
     _notice_unknown_columns(row.keys() - used, place)
     chosen, rejected, prefill = join_row(plain, place)
@@ -107,6 +111,16 @@ def shared_messages(chosen: list[Message], rejected: list[Message]) -> int:
         if chosen[index] != rejected[index]:
             return index
     return limit
+
+
+def _with_one_system(row: dict[str, Any], place: str) -> dict[str, Any]:
+    """The row with its `system_prompt`, as others call it, in `system`."""
+    if "system_prompt" not in row:
+        return row
+    given = [row[name] for name in ("system", "system_prompt") if row.get(name)]
+    if len(given) > 1 and given[0] != given[1]:
+        fail("wrong_keys", place, "system and system_prompt differ; say which: --columns system=NAME")
+    return {name: value for name, value in row.items() if name != "system_prompt"} | {"system": (given or [""])[0]}
 
 
 def _tools(row: dict[str, Any], conversation: list[Message], place: str) -> list[dict[str, Any]] | None:
@@ -142,8 +156,9 @@ def _number(row: dict[str, Any], key: str, place: str, lowest: float = -math.inf
         number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
     except OverflowError:  # a whole number of hundreds of digits
         number = math.inf
-    if not math.isfinite(number) or number < lowest:
+    if not math.isfinite(number) or number < lowest or abs(number) > _LARGEST:
         wanted = "a finite number" if lowest == -math.inf else f"a finite number, at least {lowest:g}"
+        wanted = "a number that fp32 can hold" if _LARGEST < abs(number) < math.inf else wanted
         fail(f"wrong_{key}", place, f"{key} must be {wanted}, not {short(value)}")
     return number
 
@@ -156,6 +171,13 @@ def _identifier(row: dict[str, Any], place: str) -> str | None:
         return None
     check_text(str(value), place, "id")
     return str(value)
+
+
+def _notice_absent_columns(columns: Mapping[str, str], row: dict[str, Any], place: str) -> None:
+    absent = frozenset(f"{name} (columns)" for name in columns.values() if name not in row)
+    if absent and absent not in _noticed_columns:
+        _noticed_columns.add(absent)
+        logger.warning("no column %s at %s", ", ".join(sorted(absent)), place)
 
 
 def _notice_unknown_columns(columns: set[str], place: str) -> None:
