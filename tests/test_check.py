@@ -87,6 +87,14 @@ def found(report: Any) -> dict[str, tuple[int, list[str]]]:
     return {finding["reason"]: (finding["count"], finding["places"]) for finding in report["findings"]}
 
 
+def spaced(item: dict[str, Any]) -> dict[str, Any]:
+    """A row with other white space between the words of its answers."""
+    return {
+        side: [*item[side][:-1], item[side][-1] | {"content": item[side][-1]["content"].replace(" ", " \n", 1)}]
+        for side in ("chosen", "rejected")
+    }
+
+
 def plant(rows: list[Any]) -> dict[str, list[int]]:
     """Replaces rows by faulty ones; the lines (from 1) of each reason."""
     long = "question " * LENGTH
@@ -95,7 +103,15 @@ def plant(rows: list[Any]) -> dict[str, list[int]]:
                           {"chosen": say("q", "a"), "rejected": say("q")}, row("q", weight=-1)],
         "identical_sides": [row("q1", chosen="x", rejected="x"), row(long, chosen="x", rejected="x")],
         "identical_after_truncation": [row("a", "b", long)],
-        "empty_answer": [row("q2", chosen=" \n"), {"prompt": "q3", "chosen": "x", "rejected": ""}],
+        "empty_answer": [row("q2", chosen=" \n"), {"prompt": "q3", "chosen": "x", "rejected": ""},
+                         row("q4", chosen="<think>\n\n</think>\n\n"), row("q5", rejected="\u200b\ufeff")],
+        "empty_prompt": [{"prompt": " ", "chosen": "x", "rejected": "y"}],
+        "repeats_prompt": [
+            {"prompt": "what is the quick brown fox?", "chosen": "what is  the quick brown fox? A fox",
+             "rejected": "what is the quick brown fox? a dog"},
+            {"prompt": "q6", "chosen": "\n\nHuman: q6\n\nAssistant: x", "rejected": "y"},
+            {"prompt": say("q7", "Well"), "chosen": "Well, so", "rejected": "Well, no"},
+        ],
         "no_completion_token": [row(long), row(f"x {long}")],
         "prompt_differs": [
             {"chosen": say("the quick fox", "a"), "rejected": say("the quick fox ", "b")},
@@ -104,7 +120,7 @@ def plant(rows: list[Any]) -> dict[str, list[int]]:
             {"chosen": say("q", "a", "go on", "b"), "rejected": say("q", "a")},
         ],
         "double_bos": [row("<|im_start|>user\nhello", chosen="d1"), row("q", chosen="<|im_start|>assistant\nd2")],
-        "duplicate_pair": [rows[0], rows[1] | {"id": 7, "weight": 2.0}, rows[0]],
+        "duplicate_pair": [rows[0], rows[1] | {"id": 7, "weight": 2.0}, rows[0], spaced(rows[4])],
         "contradictory_pair": [{"chosen": rows[at]["rejected"], "rejected": rows[at]["chosen"]} for at in (2, 3)],
     }  # fmt: skip
     lines = iter(random.Random(3).sample(range(20, len(rows)), sum(map(len, faults.values()))))
@@ -138,7 +154,7 @@ def test_every_planted_fault_is_found_where_it_is_and_nothing_else(tmp_path: Pat
     trained = tokenize_files(
         path, tiny_tokenizer(), max_length=LENGTH, completion_mask="all_assistant", on_bad_row="drop"
     ).report
-    assert (report["rows"], report["kept"]) == (trained.rows, trained.kept) == (300, 286)
+    assert (report["rows"], report["kept"]) == (trained.rows, trained.kept) == (300, 284)
     left_out = {"identical_sides", "identical_after_truncation", "empty_answer", "no_completion_token"}
     assert {reason: len(planted[reason]) for reason in left_out} == {r: trained.dropped[r] for r in left_out}
     assert sum(trained.dropped.values()) == sum(len(planted[reason]) for reason in (*left_out, "malformed_row"))
@@ -231,15 +247,16 @@ def test_leaks(tmp_path: Path, check: Any) -> None:
     held[5] = row("a question that is long enough ", "a", "and goes on", chosen="other", rejected="answers")
     train[31], held[6] = row("你好，今天天气怎么样呢？", chosen="x"), row("你好，今天天气怎么样呢？", chosen="y")
     train[32], held[7] = row("Hi", chosen="a"), row("Hi", chosen="b")
+    train[33], held[8] = row("system: be kind", "a question with a system", chosen="x"), row("a question with a system")
     path, other = write_jsonl(tmp_path / "f.jsonl", train), write_jsonl(tmp_path / "g.jsonl", held)
     ledger = tmp_path / "ledger.jsonl"
     code, report = check(path, eval_data=other, ledger=ledger)
     assert code == 1
     same_prompt = [at for at in range(60) if train[at]["chosen"][:-1] == train[10]["chosen"][:-1] and at != 10]
     assert not same_prompt, "the row's prompt is meant to be its own"
-    assert found(report) == {"leak_into_eval": (4, [f"{path}:{line}" for line in (11, 21, 31, 32)])}
+    assert found(report) == {"leak_into_eval": (5, [f"{path}:{line}" for line in (11, 21, 31, 32, 34)])}
     details = [json.loads(line)["detail"] for line in ledger.read_text("utf-8").splitlines()]
-    assert details == [f"in the evaluation data, too: {other}:{line}" for line in (4, 5, 6, 7)]
+    assert details == [f"in the evaluation data, too: {other}:{line}" for line in (4, 5, 6, 7, 9)]
 
 
 def test_sources_are_told_apart(tmp_path: Path, check: Any) -> None:

@@ -141,6 +141,9 @@ def test_mask_tokens_by_hand() -> None:
     assert mask_tokens(offsets, [(6, 8)]) == [0, 0, 0, 0, 0, 1, 0]
     assert mask_tokens(offsets, [(0, 1), (5, 9)]) == [0, 0, 0, 0, 0, 1, 1]
     assert mask_tokens([], []) == []
+    assert mask_tokens(offsets, [(1, 3), (5, 9)], inside=True) == [0, 1, 0, 0, 0, 1, 1]
+    assert mask_tokens(offsets, [(5, 9)], inside=True) == [0, 0, 0, 0, 1, 1, 1]
+    assert mask_tokens(offsets, [(4, 9)], inside=True) == [0, 0, 0, 0, 1, 1, 1]
 
 
 def test_state_left_by_earlier_calls_has_no_effect() -> None:

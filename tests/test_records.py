@@ -134,6 +134,12 @@ BAD_ROWS: list[tuple[Any, str, str]] = [
         "image",
     ),
     ({"chosen": [MESSAGE[0] | {"images": ["x"]}, MESSAGE[1]], "rejected": MESSAGE}, "not_text", "images: only text"),
+    (row("q", image_path="a.png"), "not_text", "image_path: only text"),
+    (row("q", image_url="http://a"), "not_text", "image_url: only text"),
+    (row("q", Audio_Files=["a.wav"]), "not_text", "Audio_Files: only text"),
+    (row("q", system="a", system_prompt="b"), "wrong_keys", "system and system_prompt differ"),
+    (row("q", weight=1e39), "wrong_weight", "weight must be a number that fp32 can hold"),
+    (row("q", margin=-3.5e38), "wrong_margin", "margin must be a number that fp32 can hold"),
     (row("q", id=1.5), "wrong_type", "id must be"),
     (row("q", tools=[1]), "wrong_type", "tools must be"),
     (row("q", tools="{"), "broken_json", "tools is not JSON"),
@@ -294,6 +300,21 @@ def test_directory_saved_by_datasets(tmp_path: Path) -> None:
         places(str(tmp_path / "empty"))
 
 
+def test_a_saved_picture_is_refused_unopened(tmp_path: Path) -> None:
+    columns = {"prompt": ["q", "r"], "chosen": ["a", "b"], "rejected": ["c", "d"]}
+    pictures = [{"bytes": b"no picture", "path": None}, None]
+    features = datasets.Features({name: datasets.Value("string") for name in columns} | {"image": datasets.Image()})
+    datasets.Dataset.from_dict(columns | {"image": pictures}, features=features).save_to_disk(str(tmp_path / "d"))
+    (file,) = find_files(str(tmp_path / "d"))
+    (_, first), (_, second) = read_rows(file)
+    with pytest.raises(RowError, match="x: image: only text"):
+        parse_line(first, "x")
+    assert parse_line(second, "x").chosen == say("r", "b")
+    (tmp_path / "d" / "state.json").write_text("[]")
+    with pytest.raises(UserError, match="d: can't be read as a saved data set"):
+        find_files(str(tmp_path / "d"))
+
+
 def test_lists_and_globs_keep_their_order(tmp_path: Path) -> None:
     for name, item in zip("bac", ROWS, strict=False):
         write_jsonl(tmp_path / f"{name}.jsonl", [item])
@@ -324,6 +345,42 @@ def test_splits_and_folders(tmp_path: Path) -> None:
         places(f"{folder}:train")
 
 
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (["default/test/0000.jsonl", "default/train/0000.jsonl"], "holds the splits test, train"),
+        (["heldout.jsonl", "train.jsonl"], "holds the splits heldout, train"),
+        (["dpo_test.jsonl", "dpo_train.jsonl"], "holds the splits test, train"),
+        (["dpo-Evaluation.jsonl", "trainset.jsonl"], "holds the splits evaluation, train"),
+        (["more.jsonl", "train.jsonl"], "holds the split train, and more.jsonl, which names none"),
+    ],
+)
+def test_splits_in_any_name(tmp_path: Path, names: list[str], message: str) -> None:
+    for number, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(tmp_path / name, [ROWS[number]])
+    with pytest.raises(UserError, match=message):
+        find_files(str(tmp_path))
+    assert questions(f"{tmp_path}:train") == [EXPECTED[1]]
+    assert questions(str(tmp_path / names[0])) == [EXPECTED[0]]
+
+
+def test_words_that_name_no_split(tmp_path: Path) -> None:
+    for number, name in enumerate(["contest", "latest", "strain", "vale"]):
+        write_jsonl(tmp_path / f"{name}.jsonl", [ROWS[number]])
+    assert questions(str(tmp_path)) == EXPECTED[:4]
+
+
+def test_what_lies_deeper_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number, name in enumerate(["train.jsonl", "more/train2.jsonl", ".cache/train.jsonl"]):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_jsonl(tmp_path / name, [ROWS[number]])
+    for source in (str(tmp_path), f"{tmp_path}:train"):
+        assert questions(source) == EXPECTED[:1]
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "not the 1 in folders of it (first: more/train2.jsonl)" in told
+
+
 @pytest.mark.parametrize("name", ["f.jsonl.gz", "f.json.gz"])
 def test_packed_files(tmp_path: Path, name: str) -> None:
     text = "\n".join(map(json.dumps, ROWS)) if "jsonl" in name else json.dumps(ROWS)
@@ -346,8 +403,25 @@ def test_csv(tmp_path: Path) -> None:
     first, second = (parse_line(payload, place) for place, payload in rows[:2])
     assert (first.chosen, first.weight, first.place) == (say("why,\nso?", "yes"), 0.5, f"{path}:row 1")
     assert (second.chosen, second.weight) == (say("a", "b"), 1.0)
-    with pytest.raises(RowError, match="f.csv:row 3: found the keys prompt, chosen;"):
+    with pytest.raises(RowError, match="f.csv:row 3: 2 fields under 4 names"):
         parse_line(rows[2][1], rows[2][0])
+
+
+def test_fields_that_no_name_or_two_names_have(tmp_path: Path) -> None:
+    path = tmp_path / "f.csv"
+    path.write_text("prompt,chosen,rejected,,\nq,yes,no,,\nwhy, so,yes,no,,\nr,yes,no,,\n")
+    (file,) = find_files(str(path))
+    payloads = dict(read_rows(file))
+    assert parse_line(payloads[1], "x").chosen == say("q", "yes") and parse_line(payloads[3], "x").plain
+    with pytest.raises(RowError, match="f.csv:row 2: 6 fields under 5 names"):
+        parse_line(payloads[2], "x")
+    path.write_text("prompt,chosen,rejected,chosen\nq,yes,no,maybe\n")
+    with pytest.raises(UserError, match="f.csv: has several columns 'chosen'"):
+        places(str(path))
+    table = pa.table([["q"], ["yes"], ["no"], ["maybe"]], names=["prompt", "chosen", "rejected", "chosen"])
+    pq.write_table(table, tmp_path / "f.parquet")
+    with pytest.raises(UserError, match="f.parquet: has several columns 'chosen'"):
+        places(str(tmp_path / "f.parquet"))
 
 
 def test_parquet_of_json_text(tmp_path: Path) -> None:

@@ -64,6 +64,14 @@ def test_the_hash_is_of_what_is_asked() -> None:
     ):
         assert prompt_hash(parse_row(same, "y")) == asked
     assert prompt_hash(parse_row(row("where?"), "x")) != asked
+    cafe = prompt_hash(parse_row(row("what is a café?"), "x"))
+    assert cafe == 0.6498385749692268  # as before white space and the like were looked at
+    for same in ("what  is\na café?", "what is a\u00a0cafe\u0301?", "\ufeffwhat is\u200b a café?"):
+        assert prompt_hash(parse_row(row(same), "y")) == cafe
+    named = row("what is a café?")
+    for side in ("chosen", "rejected"):
+        named[side][0]["name"] = "Ann"
+    assert prompt_hash(parse_row(named, "y")) == cafe
     assert prompt_hash(parse_row(row("hello", "hi", "why?"), "x")) != asked
 
 

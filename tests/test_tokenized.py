@@ -243,6 +243,36 @@ def test_a_damaged_entry_is_written_anew(
     assert run(path).digest == digest and len(calls) == 10
 
 
+def test_an_entry_under_another_ones_name_is_not_taken(
+    tmp_path: Path, calls: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = [write_jsonl(tmp_path / f"{n}.jsonl", rows) for n, rows in enumerate((ROWS[:2], ROWS[2:]))]
+    digests = [run(path).digest for path in paths]
+    one, other = cache.entry_path("x").parent.iterdir()
+    swap = one.with_name("swap")
+    for name, new in ((one, swap), (other, one), (swap, other)):
+        name.rename(new)
+    assert [run(path).digest for path in paths] == digests and len(calls) == 2 * len(ROWS)
+    assert [record.getMessage().count("is damaged") for record in caplog.records] == [1, 1]
+    assert [run(path).digest for path in paths] == digests and len(calls) == 2 * len(ROWS)
+
+
+def test_a_file_that_gives_nothing_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    paths = [write_jsonl(tmp_path / "a.jsonl", ROWS), write_jsonl(tmp_path / "b.jsonl", []), str(tmp_path / "c.json")]
+    Path(paths[2]).write_text("[]")
+    for _ in range(2):
+        assert len(run(paths)) == 5
+        assert caplog.records.pop().getMessage() == f"no pair comes from {paths[1]}, {paths[2]}"
+
+
+def test_a_packed_name_is_other_content(tmp_path: Path) -> None:
+    plain = Path(write_jsonl(tmp_path / "f.jsonl", ROWS))
+    run(str(plain))
+    packed = plain.rename(tmp_path / "f.jsonl.gz")
+    with pytest.raises(UserError, match="f.jsonl.gz: damaged or cut gzip file"):
+        run(str(packed))
+
+
 def test_a_flipped_bit_is_noticed(tmp_path: Path, calls: list[str]) -> None:
     """Wherever in the table or the meta data: the pairs, and their digest, are those of before."""
     path = write_jsonl(tmp_path / "f.jsonl", ROWS)

@@ -10,7 +10,7 @@ import shutil
 from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,41 +18,15 @@ import numpy as np
 import pyarrow as pa
 
 from minimind_dpo.data.chat import TokenizedPair, shared_prefix_length
-from minimind_dpo.data.sources import DataFile
 from minimind_dpo.files import aside, checksum, is_closed, own, read_sealed, sealed, sweep, sync, sync_all, writing
 
 logger = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "MINIMIND_DPO_CACHE"
-CODE_VERSION = 3  # raise it when the same bytes would be tokenized differently
+CODE_VERSION = 4  # raise it when the same bytes would be tokenized differently
 _SIDES = ("chosen_input_ids", "chosen_completion_mask", "rejected_input_ids", "rejected_completion_mask")
 _PAIRS_PER_RECORD_BATCH = 256
 _TABLE, _META = "pairs.arrow", "meta.json"
-
-
-@dataclass(frozen=True, slots=True)
-class FileDigest:
-    """What a file holds: sha256 (hex), size in bytes, number of lines."""
-
-    sha256: str
-    size: int
-    lines: int
-
-
-def digest_file(file: DataFile) -> FileDigest:
-    """The digest of a file, or of all files behind a data set; they are read as a stream.
-
-    Raises:
-        OSError: a file can't be read.
-    """
-    digest, size, lines = hashlib.sha256(file.kind.encode()), 0, 0
-    for path in [file.name] if file.dataset is None else _dataset_files(file.dataset, digest):
-        with open(path, "rb") as handle:
-            while block := handle.read(1 << 20):
-                digest.update(block)
-                size += len(block)
-                lines += block.count(b"\n")
-    return FileDigest(digest.hexdigest(), size, lines)
 
 
 def key_of(contents: list[str], tokenizer: Any, settings: Any) -> str:
@@ -89,7 +63,8 @@ def entry_path(key: str) -> Path:
 def open_entry(path: Path) -> tuple[Any, dict[str, Any]] | None:
     """The memory-mapped data set and the meta data of an entry; None if it is absent or, as is said then, damaged.
 
-    All bytes are compared with their checksums, so the digest among the meta data is of the very pairs returned.
+    All bytes are compared with their checksums, so the digest among the meta data is of the very pairs returned; and
+    the key they were made for is, so a directory under another one's name is none of these pairs.
     """
     if not os.path.lexists(path):
         return None
@@ -105,9 +80,16 @@ def _read_entry(path: Path) -> tuple[Any, dict[str, Any]]:
     import datasets  # late: it takes a second, which nothing else here needs
 
     meta = read_sealed(path / _META)
+    if not isinstance(meta, dict) or meta.get("key") != _key(path):
+        raise ValueError("it does not say that it was made of this data and these settings")
     if checksum(path / _TABLE) != meta["checksum"]:
         raise ValueError(f"{_TABLE} is not what was written")
     return datasets.Dataset.from_file(str(path / _TABLE)), meta
+
+
+def _key(path: Path) -> str:
+    """What an entry at this path must have been made for; `own` has put something behind it, perhaps."""
+    return path.name.partition("-")[0]
 
 
 class TableWriter:
@@ -210,7 +192,7 @@ def write_entry(path: Path) -> Iterator[TableWriter]:
         yield writer
         with writing(path, CACHE_VARIABLE):
             writer.close()
-            meta = writer.meta() | {"checksum": checksum(scratch / _TABLE)}
+            meta = writer.meta() | {"key": _key(path), "checksum": checksum(scratch / _TABLE)}
             (scratch / _META).write_text(sealed(meta), encoding="utf-8")
             sync_all(scratch)
             _move(scratch, path)
@@ -239,11 +221,3 @@ def _is_whole(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
-
-
-def _dataset_files(dataset: Any, digest: Any) -> list[str]:
-    """The files behind a data set. One in memory, or a selection of rows, adds its fingerprint to `digest`."""
-    files = [file["filename"] for file in dataset.cache_files]
-    if not files or getattr(dataset, "_indices", None) is not None:
-        digest.update(dataset._fingerprint.encode())
-    return files

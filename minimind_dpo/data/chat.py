@@ -54,9 +54,9 @@ def encode_pair(
     first_turn = pair.prompt_messages if completion_mask == "final_turn" else 0
     template = chat_template(tokenizer, template_date) if tokenizer.chat_template else None
     sides = (_render(pair, side, tokenizer, template, first_turn) for side in (pair.chosen, pair.rejected))
-    texts, spans = zip(*sides, strict=True)
+    texts, spans, inside = zip(*sides, strict=True)
     try:
-        (chosen_ids, chosen_mask), (rejected_ids, rejected_mask) = encode_texts(tokenizer, texts, spans)
+        (chosen_ids, chosen_mask), (rejected_ids, rejected_mask) = encode_texts(tokenizer, texts, spans, all(inside))
     except (UnicodeEncodeError, TypeError) as error:  # the kind depends on the tokenizer
         raise RowError("not_utf8", f"{pair.place}: the text can't be encoded: {error}") from None
     whole = TokenizedPair(
@@ -138,8 +138,11 @@ def _check_place(name: str | os.PathLike[str], path: Path) -> None:
 
 def _render(
     pair: PreferencePair, messages: list[Message], tokenizer: Any, template: ChatTemplate | None, first_turn: int
-) -> tuple[str, list[Span]]:
-    """A conversation's text, and the spans [start, end) of its assistant turns from message `first_turn` on."""
+) -> tuple[str, list[Span], bool]:
+    """A conversation's text, and the spans [start, end) of its assistant turns from message `first_turn` on.
+
+    Last, whether the first span begins inside what was said, behind a beginning that the prompt gave.
+    """
     if template is None:
         return _render_plain(pair, messages, tokenizer)
     if any("tool_calls" in message for message in messages):
@@ -156,13 +159,14 @@ def _render(
         raise RowError(
             "template_error", f"{pair.place}: the chat template refuses this conversation: {error}"
         ) from None
-    if first_turn and spans and pair.prefill and (begun := text.find(pair.prefill, *spans[0])) >= 0:
+    begun = text.find(pair.prefill, *spans[0]) if first_turn and spans and pair.prefill else -1
+    if begun >= 0:
         # What the prompt began is the prompt's; a template may have put an empty thinking block before it.
         spans[0] = begun + len(pair.prefill), spans[0][1]
-    return text, spans
+    return text, spans, begun >= 0
 
 
-def _render_plain(pair: PreferencePair, messages: list[Message], tokenizer: Any) -> tuple[str, list[Span]]:
+def _render_plain(pair: PreferencePair, messages: list[Message], tokenizer: Any) -> tuple[str, list[Span], bool]:
     if not pair.plain:
         raise UserError(
             f"{pair.place}: the tokenizer has no chat template, so it can't render conversations; give a "
@@ -170,7 +174,7 @@ def _render_plain(pair: PreferencePair, messages: list[Message], tokenizer: Any)
         )
     prompt, answer = (message["content"] for message in messages)
     text = prompt + answer + (tokenizer.eos_token or "")
-    return text, [(len(prompt), len(text))]
+    return text, [(len(prompt), len(text))], True
 
 
 def check_settings(tokenizer: Any, max_length: int, completion_mask: str) -> None:

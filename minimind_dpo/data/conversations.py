@@ -26,11 +26,14 @@ def join_row(row: dict[str, Any], place: str) -> tuple[list[Message], list[Messa
     """
     chosen, rejected = _answers(row, place)
     before = _prompt(row, place)
+    if isinstance(row.get("prompt"), str) and not row["prompt"].strip() and chosen[0]["role"] != "assistant":
+        before = []  # a table's empty value beside whole conversations
     system = row.get("system", "")
     if not isinstance(system, str):
         fail("wrong_type", place, f"system must be a text, not {type_name(system)}")
     prefill = ""
     if before:
+        chosen, rejected = _without_beginning(before[-1], [chosen, rejected])
         chosen, asked = _join(before, chosen, "chosen", place)
         rejected, also_asked = _join(before, rejected, "rejected", place)
         if asked != also_asked:
@@ -84,6 +87,20 @@ def _join(before: list[Message], side: list[Message], name: str, place: str) -> 
     for message in (side_system, system):
         whole = _with_system(whole, message, place) if message else whole
     return whole, whole[: length + (whole[0]["role"] == "system")]
+
+
+def _without_beginning(last: Message, sides: list[list[Message]]) -> list[list[Message]]:
+    """Both answers without the words with which the prompt begins them, where both begin with them once more.
+
+    A single word may well be said twice.
+    """
+    begun = _words(last).lstrip()
+    if last["role"] != "assistant" or "tool_calls" in last or len(begun.split()) < 2:
+        return sides
+    words = [_words(side[0]).lstrip() if side[0]["role"] == "assistant" else "" for side in sides]
+    if not all(text.startswith(begun) and text != begun for text in words):
+        return sides
+    return [[side[0] | {"content": text[len(begun) :]}, *side[1:]] for side, text in zip(sides, words, strict=True)]
 
 
 def _repeated(asked: list[Message], told: list[Message]) -> tuple[list[Message], int] | None:

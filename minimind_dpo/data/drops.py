@@ -7,7 +7,8 @@ from typing import Any
 
 from minimind_dpo.config import TEMPLATE_DATE
 from minimind_dpo.data.chat import WHOLE, TokenizedPair, check_settings, cut, encode_pair
-from minimind_dpo.data.records import Message, PreferencePair
+from minimind_dpo.data.records import PreferencePair
+from minimind_dpo.data.said import is_empty
 from minimind_dpo.data.spans import SpanError
 
 
@@ -69,7 +70,7 @@ def find_drop(pair: PreferencePair, whole: TokenizedPair, max_length: int) -> Dr
         max_length: tokens a side may have.
     """
     for name, messages in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        if _is_empty(messages[-1]):
+        if is_empty(messages[-1]):
             return DroppedRow("empty_answer", f"{pair.place}: the {name} answer is empty")
     if whole.chosen_input_ids == whole.rejected_input_ids:
         return DroppedRow("identical_sides", f"{pair.place}: both sides have the same tokens")
@@ -81,8 +82,3 @@ def find_drop(pair: PreferencePair, whole: TokenizedPair, max_length: int) -> Dr
         message = f"{pair.place}: both sides have the same tokens within max_length {max_length}"
         return DroppedRow("identical_after_truncation", message)
     return None
-
-
-def _is_empty(message: Message) -> bool:
-    spoken = ("content", "reasoning_content", "reasoning", "thinking")
-    return not message.get("tool_calls") and not any(str(message.get(name) or "").strip() for name in spoken)

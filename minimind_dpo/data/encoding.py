@@ -10,7 +10,7 @@ Span = tuple[int, int]  # a range of characters, its end excluded
 
 
 def encode_texts(
-    tokenizer: Any, texts: Sequence[str], spans: Sequence[Sequence[Span]]
+    tokenizer: Any, texts: Sequence[str], spans: Sequence[Sequence[Span]], inside: bool = False
 ) -> list[tuple[list[int], list[int]]]:
     """Ids [T] and mask [T] of each text; the ids are the tokenizer's own for the whole text, no special tokens added.
 
@@ -18,6 +18,7 @@ def encode_texts(
         tokenizer: a fast tokenizer of transformers.
         texts: [N] texts.
         spans: for each text the spans in it that count, disjoint and sorted.
+        inside: whether the first spans begin inside what was said, see `mask_tokens`.
 
     Raises:
         UnicodeEncodeError, TypeError: a text holds half a surrogate pair.
@@ -30,16 +31,18 @@ def encode_texts(
         return_offsets_mapping=True,
         verbose=False,  # no warning of a text that is longer than the model's context: `max_length` cuts it later
     )
-    masks = map(mask_tokens, batch["offset_mapping"], spans)
+    masks = (mask_tokens(*side, inside) for side in zip(batch["offset_mapping"], spans, strict=True))
     return list(zip(batch["input_ids"], masks, strict=True))
 
 
-def mask_tokens(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
+def mask_tokens(offsets: Sequence[Span], spans: Sequence[Span], inside: bool = False) -> list[int]:
     """1 for each token whose first character lies in a span, else 0; nothing predicts the first token, so it has 0.
 
     Args:
         offsets: the tokens' characters, [T] pairs of start and end in text order.
         spans: disjoint character ranges, sorted.
+        inside: the first span begins inside what was said, where a token may lie on both sides of its start: one that
+            reaches into the span counts, for it says how the span begins. (A header's last token never counts.)
     """
 
     def begin(index: int) -> int:
@@ -55,6 +58,8 @@ def mask_tokens(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
     for start, end in spans:
         low = bisect_left(tokens, start, lo=low, key=begin)
         high = bisect_left(tokens, end, lo=low, key=begin)
+        if inside and start == spans[0][0] and low > 0 and offsets[low - 1][1] > start:
+            low -= 1
         mask[low:high] = [1] * (high - low)
         low = high
     mask[:1] = [0] * len(mask[:1])

@@ -6,13 +6,13 @@ A row in which two ways stand side by side is an error: which one is meant can b
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from typing import Any
 
-from minimind_dpo.data.json_text import fail, load_json, type_name
-from minimind_dpo.data.messages import Message, looks_like_message
+from minimind_dpo.data.encoded import messages_of_text
+from minimind_dpo.data.json_text import fail, type_name
+from minimind_dpo.data.messages import Message
 
 Row = dict[str, Any]
 
@@ -25,7 +25,8 @@ FORMS = (
 )
 _ASSISTANT = ("assistant", "gpt", "bot", "function_call", "tool_call")
 _TURN = ("user", "assistant")
-_SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+_SPEAKER = re.compile(r"(?:\A\s*|\r?\n\r?\n)(Human|Assistant):")
+_SPEAKER_OF_LINES = re.compile(r"(?:\A\s*|\r?\n)(Human|Assistant):")
 
 
 def plain_row(row: Row, place: str) -> tuple[Row, set[str]]:
@@ -39,7 +40,7 @@ def plain_row(row: Row, place: str) -> tuple[Row, set[str]]:
     Raises:
         RowError: the row is of none of the forms, or of several.
     """
-    row = {name: _messages_of_text(name, value, place) for name, value in row.items()}
+    row = {name: _decoded(name, value, place) for name, value in row.items()}
     answers = [names for names in ANSWERS if _present(row, names)]
     if len(answers) != 1:
         what = "found the keys" if not answers else f"its answers stand in {_listed(answers)}, which is meant? found"
@@ -47,6 +48,8 @@ def plain_row(row: Row, place: str) -> tuple[Row, set[str]]:
     plain = ANSWERS[answers[0]](row, place)
     used = {*answers[0], *OPTIONAL}
     prompts = [names for names in PROMPTS if any(_gives_prompt(row, name) for name in names)]
+    if len(prompts) > 1 and not row.get("prompt", True):
+        prompts.remove(("prompt",))
     if len(prompts) > 1:
         fail("wrong_keys", place, f"its prompt stands in {_listed(prompts)}; say which: --columns prompt=NAME")
     for names in prompts:
@@ -65,9 +68,9 @@ def rename_columns(row: Row, columns: dict[str, str], place: str) -> Row:
     """The row with columns under our names: `columns` says, for each of ours, which of the row's is meant.
 
     Raises:
-        RowError: the row has no such column.
+        RowError: the row has no such column, and ours is not an optional one.
     """
-    absent = [theirs for theirs in columns.values() if theirs not in row]
+    absent = [theirs for ours, theirs in columns.items() if theirs not in row and ours not in OPTIONAL]
     if absent:
         fail("wrong_keys", place, f"columns: no column {', '.join(absent)}, only {', '.join(map(str, row))}")
     # What is said with `columns` is meant: other columns that would name the same are not asked.
@@ -77,13 +80,13 @@ def rename_columns(row: Row, columns: dict[str, str], place: str) -> Row:
     if columns.keys() & {"chosen", "rejected"}:
         replaced |= {name for way in ANSWERS for name in way} - {"chosen", "rejected", "messages"}
     return {name: value for name, value in row.items() if name not in replaced} | {
-        ours: row[theirs] for ours, theirs in columns.items()
+        ours: row[theirs] for ours, theirs in columns.items() if theirs in row
     }
 
 
-def transcript(text: str) -> list[Message] | None:
+def transcript(text: str, speaker: re.Pattern[str] = _SPEAKER) -> list[Message] | None:
     """The messages of hh-rlhf's transcripts (`\\n\\nHuman: ... \\n\\nAssistant: ...`); None of any other text."""
-    pieces = _SPEAKER.split(text)
+    pieces = speaker.split(text)
     if len(pieces) < 3 or pieces[0] or pieces[1] != "Human":
         return None
     roles = {"Human": "user", "Assistant": "assistant"}
@@ -136,12 +139,12 @@ def _alpaca_output(row: Row, place: str) -> Row:
 
 def _instruction(row: Row, place: str) -> Any:
     """Alpaca's instruction and input, one below the other as LLaMA-Factory joins them."""
-    parts = [row[name] for name in ("instruction", "input") if name in row]
-    if len(parts) == 1:
-        return parts[0]
+    parts = [row[name] for name in ("instruction", "input") if row.get(name)]
+    if len(parts) < 2:
+        return parts[0] if parts else ""
     if not all(isinstance(part, str) for part in parts):
         fail("wrong_type", place, "instruction and input must both be texts")
-    return "\n".join(part for part in parts if part)
+    return "\n".join(parts)
 
 
 def _column(name: str) -> Callable[[Row, str], Any]:
@@ -164,7 +167,8 @@ PROMPTS: dict[tuple[str, ...], Callable[[Row, str], Any]] = {
     ("query",): _column("query"),
 }
 COLUMNS = frozenset({*OPTIONAL, *(name for way in (*ANSWERS, *PROMPTS) for name in way), "history"})
-_OF_MESSAGES = COLUMNS - {*OPTIONAL, "instruction", "input", "question", "query", "response", "history"}
+_OF_WORDS = ("instruction", "question", "query", "response")  # these are seldom more than words
+_OF_MESSAGES = COLUMNS - {*OPTIONAL, *_OF_WORDS, "input", "history"}
 
 
 def _present(row: Row, names: tuple[str, ...]) -> bool:
@@ -181,16 +185,11 @@ def _listed(ways: list[tuple[str, ...]]) -> str:
     return " and in ".join(" + ".join(way) for way in ways)
 
 
-def _messages_of_text(name: str, value: Any, place: str) -> Any:
-    """Message lists that a table keeps as JSON text."""
-    if name not in _OF_MESSAGES or not isinstance(value, str) or not re.match(r"\s*(\[\s*)?\{\s*\"", value):
+def _decoded(name: str, value: Any, place: str) -> Any:
+    """Message lists that a table keeps as text."""
+    if not isinstance(value, str) or name not in (*_OF_MESSAGES, *_OF_WORDS):
         return value
-    try:
-        read = json.loads(value)
-    except (ValueError, RecursionError):
-        return value  # words that only look like JSON
-    messages = read if isinstance(read, list) else [read]
-    return load_json(value, place, name) if messages and all(map(looks_like_message, messages)) else value
+    return messages_of_text(value, name, place, strict=name in _OF_WORDS)
 
 
 def _check_conversation(messages: Any, place: str) -> None:
@@ -222,15 +221,28 @@ def _with_history(history: Any, prompt: str, place: str) -> list[Message]:
 
 def _spoken(plain: Row) -> Row:
     """hh-rlhf's transcripts as conversations; texts of another kind stay."""
-    if not all(isinstance(plain.get(name, ""), str) for name in ("prompt", "chosen", "rejected")):
+    if not all(isinstance(plain[side], str) for side in ("chosen", "rejected")):
         return plain
-    asked = transcript(plain.get("prompt", ""))
-    sides = {side: transcript(plain[side]) for side in ("chosen", "rejected")}
+    prompt = plain.get("prompt", "")
+    asked, sides = _transcripts(plain, prompt, _SPEAKER)
+    whole = all(map(is_whole, sides.values()))
+    if not whole and all(map(is_whole, (lines := _transcripts(plain, prompt, _SPEAKER_OF_LINES))[1].values())):
+        (asked, sides), whole = lines, True
     opened = asked is not None and asked[-1] == {"role": "assistant", "content": ""}
-    if all(sides.values()) and (asked or "prompt" not in plain):
+    if all(sides.values()) and (asked or whole or "prompt" not in plain):
         plain |= sides
     elif opened:
         plain |= {side: plain[side].strip() for side in sides}
     else:
         return plain
     return plain | {"prompt": asked[:-1] if opened else asked} if asked else plain
+
+
+def _transcripts(plain: Row, prompt: Any, speaker: re.Pattern[str]) -> tuple[list[Message] | None, dict[str, Any]]:
+    asked = transcript(prompt, speaker) if isinstance(prompt, str) else None
+    return asked, {side: transcript(plain[side], speaker) for side in ("chosen", "rejected")}
+
+
+def is_whole(told: list[Message] | None) -> bool:
+    """Whether a transcript is a conversation with an answer at its end: no words of another kind are."""
+    return told is not None and len(told) > 1 and told[-1]["role"] == "assistant" and bool(told[-1]["content"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from typing import Any, NoReturn
@@ -10,6 +11,12 @@ from minimind_dpo.errors import UserError
 
 DEEPEST = 100  # levels of lists and objects in what a chat template gets; tool schemas have some ten
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+ENCODED = re.compile(
+    r"""\s*"?\s*(array\(\s*)?(\[\s*)?\{\s*\\*["']"""
+)  # an object, or some in a list
+PYTHON = re.compile(r"\s*(\[\s*)?\{\s*'")
+UNREADABLE = object()
 
 
 class RowError(UserError):
@@ -59,6 +66,27 @@ def load_json(text: str, place: str, name: str = "") -> Any:
         fail("broken_json", place, f"{what}: nested too deep")
     except ValueError as error:
         fail("broken_json", place, f"{what}: {error}")
+    return value
+
+
+def value_in(text: str, deep: int = 3) -> Any:
+    """The object, or list of some, that is written in a text: as JSON, as JSON `deep` times over, or as Python's.
+
+    `UNREADABLE` where there is none.
+    """
+    if not ENCODED.match(text):
+        return UNREADABLE
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        if not PYTHON.match(text):
+            return UNREADABLE
+        try:
+            value = without_nulls(ast.literal_eval(text.strip()))
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            return UNREADABLE
+    if isinstance(value, str):
+        return value_in(value, deep - 1) if deep else UNREADABLE
     return value
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
-from minimind_dpo.data.json_text import check_plain, fail, load_json, type_name
+from minimind_dpo.data.json_text import check_plain, fail, load_json, type_name, value_in
 
 Message = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # ShareGPT's, LLaMA-Factory's and ms-swift's names
-_OTHER_ROLES = {
+OTHER_ROLES = {
     "human": "user",
     "gpt": "assistant",
     "bot": "assistant",
@@ -20,8 +21,13 @@ _OTHER_ROLES = {
     "function_call": "assistant",
     "tool_call": "assistant",
 }
+_PARTS = ("text", "reasoning", "tool_call", "image", "image_url", "video", "video_url", "audio", "input_audio")
 _CALLS = ("function_call", "tool_call")
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+# `image`, `videos`, `audio_path`, `image_urls`, ...; not `image_prompt` or `has_image`
+_MEDIA = re.compile(
+    r"(image|picture|photo|img|video|audio)s?(_?(path|url|uri|file|filename|file_name|name|bytes|base64|b64|data|id)s?)?",
+    re.IGNORECASE,
+)
 
 
 def read_messages(messages: Any, name: str, place: str) -> list[Message]:
@@ -46,9 +52,8 @@ def refuse_media(values: dict[str, Any], name: str, place: str) -> None:
     Raises:
         RowError: a column or key of `values` holds one.
     """
-    for key in _MEDIA:
-        value = values.get(key)
-        if any(value) if isinstance(value, list) else value:
+    for key, value in values.items():
+        if _MEDIA.fullmatch(str(key)) and (any(value) if isinstance(value, list) else value):
             fail("not_text", place, f"{name}{key}: only text is trained on; take such rows out (on_bad_row: drop does)")
 
 
@@ -88,6 +93,28 @@ def looks_like_message(value: Any) -> bool:
     return isinstance(value, dict) and bool({"role", "from"} & value.keys())
 
 
+def looks_like_parts(value: Any) -> bool:
+    """Whether a value is a content of parts: `[{"type": "text", "text": ...}]`."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(part, dict) and part.get("type") in _PARTS and len(part) > 1 for part in value)
+    )
+
+
+def words_of_parts(parts: list[Any], name: str, place: str) -> str:
+    """The text of a content of parts.
+
+    Raises:
+        RowError: a part is not text.
+    """
+    message: Message = {"content": parts}
+    _join_parts(message, name, place)
+    if message.keys() != {"content"}:
+        fail("wrong_type", place, f"{name} has thoughts or calls and no role; write it as a message")
+    return message["content"]
+
+
 def _message(message: Any, name: str, place: str) -> Message:
     if not isinstance(message, dict):
         fail("wrong_type", place, f'{name} must be {{"role": ..., "content": ...}}, not {type_name(message)}')
@@ -98,10 +125,12 @@ def _message(message: Any, name: str, place: str) -> Message:
     if "role" not in message:
         fail("wrong_keys", place, f"{name} has no role (its keys: {', '.join(map(str, message)) or 'none'})")
     said = message["role"]
-    role = _OTHER_ROLES.get(said, said) if isinstance(said, str) else said
+    role = OTHER_ROLES.get(said, said) if isinstance(said, str) else said
     if role not in ROLES:
-        fail("wrong_role", place, f"{name} has the role {said!r}; roles are {', '.join((*ROLES, *_OTHER_ROLES))}")
+        fail("wrong_role", place, f"{name} has the role {said!r}; roles are {', '.join((*ROLES, *OTHER_ROLES))}")
     message["role"] = role
+    if isinstance(message.get("content"), str) and looks_like_parts(parts := value_in(message["content"])):
+        message["content"] = parts
     if isinstance(message.get("content"), list):
         _join_parts(message, name, place)
     if said in _CALLS:

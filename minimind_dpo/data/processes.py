@@ -20,10 +20,11 @@ from minimind_dpo.config import TEMPLATE_DATE
 from minimind_dpo.data.chat import TokenizedPair
 from minimind_dpo.data.drops import DroppedRow, tokenize_pair
 from minimind_dpo.data.records import RowError, logger, parse_line
+from minimind_dpo.data.rows import Payload
 from minimind_dpo.data.split import Split
 from minimind_dpo.ending import STOP_SIGNALS
 
-Row = tuple[int, int, str, Any]  # file, row, place, undecoded row: bytes or a dict
+Row = tuple[int, int, str, Any]  # file, row, place, undecoded row: a `Payload`
 RowBlock = list[Row]
 Result = TypeVar("Result")
 
@@ -101,7 +102,7 @@ def tokenize_block(block: RowBlock, tokenizer: Any, settings: Settings) -> list[
 
 
 def _tokenize_row(
-    payload: bytes | dict[str, Any], place: str, tokenizer: Any, settings: Settings
+    payload: Payload, place: str, tokenizer: Any, settings: Settings
 ) -> TokenizedPair | DroppedRow | None:
     try:
         pair = parse_line(payload, place, dict(settings.columns))

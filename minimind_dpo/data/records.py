@@ -13,11 +13,13 @@ from minimind_dpo.data.conversations import join_row
 from minimind_dpo.data.forms import FORMS, plain_row, rename_columns
 from minimind_dpo.data.json_text import RowError, check_plain, check_text, fail, load_json, type_name, without_nulls
 from minimind_dpo.data.messages import ROLES, Message, refuse_media
+from minimind_dpo.data.rows import Payload
 
 __all__ = ["ROLES", "Message", "PreferencePair", "RowError", "parse_line", "parse_row", "shared_messages"]
 
 logger = logging.getLogger("minimind_dpo")
 
+_LARGEST = 3.4028234663852886e38  # the largest finite number in fp32, in which losses are computed
 _noticed_columns: set[frozenset[str]] = set()
 
 
@@ -45,17 +47,19 @@ class PreferencePair:
     prefill: str = ""
 
 
-def parse_line(payload: bytes | dict[str, Any], place: str, columns: Mapping[str, str] | None = None) -> PreferencePair:
+def parse_line(payload: Payload, place: str, columns: Mapping[str, str] | None = None) -> PreferencePair:
     """A pair from one undecoded JSON line, or from a row of a table, whose absent values are `None`.
 
     Args:
-        payload: the line or row.
+        payload: the line or row, or why there is none.
         place: where it was read, for errors.
         columns: for each of our columns the row's own name of it, where that is another.
 
     Raises:
         RowError: the row is not UTF-8, not JSON, or not a row of preferences; the message starts with `place`.
     """
+    if isinstance(payload, RowError):
+        raise payload
     if not isinstance(payload, bytes):
         return parse_row(without_nulls(payload), place, columns)
     try:
@@ -73,9 +77,12 @@ def parse_row(row: dict[str, Any], place: str, columns: Mapping[str, str] | None
     """
     if not isinstance(row, dict):
         fail("wrong_type", place, f"a row must be an object, this one is {type_name(row)}; {FORMS}")
-    row = rename_columns(row, dict(columns), place) if columns else row
+    if columns:
+        _notice_absent_columns(columns, row, place)
+        row = rename_columns(row, dict(columns), place)
     row = {key: value for key, value in row.items() if value is not None}
     refuse_media(row, "", place)
+    row = _with_one_system(row, place)
     plain, used = plain_row(row, place)
     _notice_unknown_columns(row.keys() - used, place)
     chosen, rejected, prefill = join_row(plain, place)
@@ -104,6 +111,16 @@ def shared_messages(chosen: list[Message], rejected: list[Message]) -> int:
         if chosen[index] != rejected[index]:
             return index
     return limit
+
+
+def _with_one_system(row: dict[str, Any], place: str) -> dict[str, Any]:
+    """The row with its `system_prompt`, as others call it, in `system`."""
+    if "system_prompt" not in row:
+        return row
+    given = [row[name] for name in ("system", "system_prompt") if row.get(name)]
+    if len(given) > 1 and given[0] != given[1]:
+        fail("wrong_keys", place, "system and system_prompt differ; say which: --columns system=NAME")
+    return {name: value for name, value in row.items() if name != "system_prompt"} | {"system": (given or [""])[0]}
 
 
 def _tools(row: dict[str, Any], conversation: list[Message], place: str) -> list[dict[str, Any]] | None:
@@ -139,8 +156,9 @@ def _number(row: dict[str, Any], key: str, place: str, lowest: float = -math.inf
         number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
     except OverflowError:  # a whole number of hundreds of digits
         number = math.inf
-    if not math.isfinite(number) or number < lowest:
+    if not math.isfinite(number) or number < lowest or abs(number) > _LARGEST:
         wanted = "a finite number" if lowest == -math.inf else f"a finite number, at least {lowest:g}"
+        wanted = "a number that fp32 can hold" if _LARGEST < abs(number) < math.inf else wanted
         fail(f"wrong_{key}", place, f"{key} must be {wanted}, not {short(value)}")
     return number
 
@@ -153,6 +171,13 @@ def _identifier(row: dict[str, Any], place: str) -> str | None:
         return None
     check_text(str(value), place, "id")
     return str(value)
+
+
+def _notice_absent_columns(columns: Mapping[str, str], row: dict[str, Any], place: str) -> None:
+    absent = frozenset(f"{name} (columns)" for name in columns.values() if name not in row)
+    if absent and absent not in _noticed_columns:
+        _noticed_columns.add(absent)
+        logger.warning("no column %s at %s", ", ".join(sorted(absent)), place)
 
 
 def _notice_unknown_columns(columns: set[str], place: str) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from minimind_dpo.data.json_text import RowError
 from minimind_dpo.errors import UserError
 
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -23,6 +24,8 @@ _READ_CHARACTERS = 1 << 18
 _LARGEST_ROW = 1 << 28  # characters; a JSON array whose row doesn't close within this is taken to be broken
 _BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}"]', re.DOTALL)
 _NUMBERS = ("weight", "margin")
+
+Payload = bytes | dict[str, Any] | RowError
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +58,10 @@ def kind_of(path: Path) -> str | None:
     return None if kind == "parquet" and name is not path else kind
 
 
-def read_rows(file: DataFile) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
+def read_rows(file: DataFile) -> Iterator[tuple[int, Payload]]:
     """A stream of `(row number from 1, undecoded line or row)`; blank lines are left out, yet have a number.
+
+    In the place of a row whose columns can't be told stands the error that says so.
 
     Raises:
         UserError: the file is damaged in a way that hides where the next row begins.
@@ -69,7 +74,13 @@ def read_rows(file: DataFile) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
         return _read_csv(file)
     if file.kind == "parquet":
         return _read_parquet(file)
-    return enumerate(file.dataset, 1)
+    return enumerate(_undecoded(file.dataset), 1)
+
+
+def _undecoded(dataset: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a data set as they are stored: pictures, which no text needs, are not opened."""
+    for table in dataset.with_format("arrow").iter(batch_size=256):
+        yield from table.to_pylist()
 
 
 def count_rows(file: DataFile) -> int | None:
@@ -167,17 +178,31 @@ def _broken_array(file: DataFile, line: int, message: str) -> UserError:
     return UserError(f"{file.place(line)}: {message}; mend the file, or write one row a line (.jsonl)")
 
 
-def _read_csv(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_csv(file: DataFile) -> Iterator[tuple[int, Payload]]:
     """The rows under a line of column names; they are all text, but for the columns that are numbers."""
     csv.field_size_limit(sys.maxsize)
     with _opened(file) as bytes_, io.TextIOWrapper(bytes_, encoding="utf-8-sig", newline="") as handle:
         number = 0
         try:
-            reader = csv.DictReader(handle, restkey="more fields than names", strict=True)
-            for number, row in enumerate(reader, 1):
-                yield number, {name: _csv_value(name, value) for name, value in row.items()}
+            reader = csv.reader(handle, strict=True)
+            names = next(reader, [])
+            _check_names(file, names)
+            for number, fields in enumerate(filter(None, reader), 1):
+                yield number, _csv_row(names, fields, file.place(number))
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{file.place(number + 1)}: damaged csv: {error}") from None
+
+
+def _check_names(file: DataFile, names: list[str]) -> None:
+    """Refuse a name that two columns have; spreadsheets leave columns without one."""
+    if twice := sorted({name for name in names if name and names.count(name) > 1}):
+        raise UserError(f"{file.name}: has several columns {', '.join(map(repr, twice))}; rename all but one of each")
+
+
+def _csv_row(names: list[str], fields: list[str], place: str) -> dict[str, Any] | RowError:
+    if len(fields) != len(names):  # which of them is which can't be told
+        return RowError("wrong_keys", f"{place}: {len(fields)} fields under {len(names)} names; quote what has commas")
+    return {name: _csv_value(name, field) for name, field in zip(names, fields, strict=True)}
 
 
 def _csv_value(name: str, value: Any) -> Any:
@@ -204,6 +229,7 @@ def _read_parquet(file: DataFile) -> Iterator[tuple[int, dict[str, Any]]]:
     import pyarrow  # late: files of text do without
 
     table, number = _open_parquet(file.name), 0
+    _check_names(file, table.schema_arrow.names)
     try:
         for batch in table.iter_batches(batch_size=256):
             for row in batch.to_pylist():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,10 +16,17 @@ from minimind_dpo.errors import UserError
 
 __all__ = ["DataFile", "count_rows", "find_files", "read_rows"]
 
+logger = logging.getLogger("minimind_dpo")
+
 Source = str | dict[str, Any]  # a name, or {"path": name, "weight": number}
 
 _HUB_ID = re.compile(r"(?P<id>[^/:@]+/[^/:@]+)(/(?P<config>[^/:@]+))?(@(?P<revision>[^:]+))?(:(?P<split>[^:@]+))?")
-_SPLITS = re.compile(r"(train|test|valid|validation|val|eval|dev)(?![a-z])")
+# A word anywhere in the name of a file or of a folder that it is in: `dpo_train.jsonl`, `default/test/0000.parquet`.
+_SPLITS = re.compile(
+    r"(?<![a-z])(train|test|validation|valid|val|evaluation|eval|dev|held[-_ ]?out|hold[-_ ]?out)"
+    r"(?:ing|set|data|split)?(?![a-z])"
+)
+_noticed: set[Path] = set()
 _SAVED = ("dataset_dict.json", "state.json")
 _ACCEPTED = "a .jsonl, .json, .csv or .parquet file (the first three also .gz), a glob, a folder of them"
 
@@ -75,31 +83,67 @@ def _data_file(path: Path) -> DataFile:
 def _directory(path: Path, split: str | None) -> list[DataFile]:
     if any((path / marker).exists() for marker in _SAVED):
         return [_saved_dataset(path, split)]
-    files = sorted(file for file in path.iterdir() if _is_data(file))
-    files = files or sorted(file for file in path.rglob("*") if _is_data(file))
-    splits = sorted({match.group() for file in files if (match := _SPLITS.match(file.name))})
+    files = sorted(file for file in path.rglob("*") if _is_data(file, path))
     if split is not None:
-        files = [file for file in files if re.match(rf"{re.escape(split)}(?![A-Za-z0-9])", file.name)]
-    elif len(splits) > 1:
-        raise UserError(
-            f"{path}: holds the splits {', '.join(splits)}; name one, '{path}:{splits[-1]}', or give a glob"
-        )
+        files = [file for file in files if _is_of(file.relative_to(path), split)]
+    if beside := [file for file in files if file.parent == path]:
+        _notice_left_out(path, [file for file in files if file.parent != path])
+        files = beside
+    if split is None and len(files) > 1:
+        _check_one_split(path, files)
     kinds = sorted({kind for file in files if (kind := kind_of(file))})
     if len(kinds) > 1:
         raise UserError(
             f"{path}: holds files of several kinds ({', '.join(kinds)}); give a glob, '{path}/*.{kinds[0]}'"
         )
     if not files:
-        wanted = "data file" if split is None else f"data file whose name begins with '{split}'"
+        wanted = "data file" if split is None else f"data file with the word '{split}' in its or its folder's name"
         raise UserError(
             f"{path}: not a directory saved by datasets' save_to_disk, and no {wanted} in it ({', '.join(SUFFIXES)})"
         )
     return [_data_file(file) for file in files]
 
 
-def _is_data(path: Path) -> bool:
+def _splits(file: Path) -> set[str]:
+    """The splits that a file's path names."""
+    return set(_SPLITS.findall(str(file.with_name(file.name.partition(".")[0])).lower()))
+
+
+def _is_of(file: Path, split: str) -> bool:
+    """Whether a file's path has the split's name as a word."""
+    word = rf"(?<![A-Za-z0-9]){re.escape(split)}(?![A-Za-z0-9])"
+    return split in _splits(file) or re.search(word, str(file)) is not None
+
+
+def _check_one_split(path: Path, files: list[Path]) -> None:
+    """Refuse files of which some are not to be trained on, perhaps."""
+    named = {file: _splits(file.relative_to(path)) for file in files}
+    splits = sorted(set().union(*named.values()))
+    if len(splits) > 1:
+        raise UserError(
+            f"{path}: holds the splits {', '.join(splits)}; name one, '{path}:{splits[-1]}', or give a glob"
+        )
+    others = [file for file in files if not named[file]]
+    if splits and others:
+        raise UserError(
+            f"{path}: holds the split {splits[0]}, and {others[0].relative_to(path)}, which names none; "
+            f"name the split, '{path}:{splits[0]}', or give a glob, '{path}/*{others[0].suffix}'"
+        )
+
+
+def _notice_left_out(path: Path, files: list[Path]) -> None:
+    if files and path not in _noticed:
+        _noticed.add(path)
+        logger.warning(
+            "%s: its own files are read, not the %d in folders of it (first: %s); a glob with ** reads all",
+            path, len(files), files[0].relative_to(path),
+        )  # fmt: skip
+
+
+def _is_data(path: Path, root: Path) -> bool:
     described = ("dataset_info.json", "dataset_infos.json")
-    return path.is_file() and kind_of(path) is not None and path.name[0] != "." and path.name not in described
+    hidden = any(part[0] == "." for part in path.relative_to(root).parts)
+    return path.is_file() and kind_of(path) is not None and not hidden and path.name not in described
 
 
 def _saved_dataset(path: Path, split: str | None) -> DataFile:
@@ -107,8 +151,8 @@ def _saved_dataset(path: Path, split: str | None) -> DataFile:
 
     try:
         loaded = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: can't be read as a saved data set: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # what damaged JSON leads to
+        raise UserError(f"{path}: can't be read as a saved data set: {type(error).__name__}: {error}") from None
     if isinstance(loaded, datasets.DatasetDict):
         wanted = split or "train"
         if wanted not in loaded:

@@ -13,6 +13,7 @@ import numpy as np
 from minimind_dpo.data.json_text import RowError
 from minimind_dpo.data.records import PreferencePair, parse_line
 from minimind_dpo.data.rows import DataFile, read_rows
+from minimind_dpo.data.said import asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +29,12 @@ class Split:
 
 
 def prompt_hash(pair: PreferencePair) -> float:
-    """A number in [0, 1) of what is asked: of the messages that both sides share, but for the system's.
+    """A number in [0, 1) of what is asked (see `asked`): of roles and words, whatever their white space.
 
-    It knows nothing of the answers, of the row's place or of other rows; spaces around words don't count.
+    It knows nothing of the answers, of the row's place or of other rows.
     """
-    shared = pair.chosen[: pair.prompt_messages] or pair.chosen[:-1]
-    asked = [message for message in shared if message["role"] not in ("system", "developer")] or shared
-    told = [message | {"content": (message["content"] or "").strip()} for message in asked]
-    text = json.dumps(told, sort_keys=True, ensure_ascii=False, default=str)
+    told = [{"role": role, "content": words} for role, words in asked(pair)]
+    text = json.dumps(told, sort_keys=True, ensure_ascii=False)
     # 53 bits, all that a float in [0, 1) holds
     return (int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") >> 11) / 2**53
 

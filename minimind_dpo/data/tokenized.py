@@ -15,6 +15,7 @@ import numpy as np
 from minimind_dpo.config import BAD_ROW_POLICIES, TEMPLATE_DATE
 from minimind_dpo.data import cache
 from minimind_dpo.data.chat import TokenizedPair, check_settings, load_tokenizer
+from minimind_dpo.data.contents import FileDigest, digest_file
 from minimind_dpo.data.processes import Settings, column_names, row_blocks, tokenize_blocks, worthwhile_processes
 from minimind_dpo.data.records import RowError, logger
 from minimind_dpo.data.rows import DataFile, count_rows, read_rows
@@ -112,7 +113,7 @@ def tokenize_files(
 def _tokenized(
     files: tuple[DataFile, ...], tokenizer: Any, settings: Settings, num_proc: int | None, go_on: Callable[[], None]
 ) -> TokenizedData:
-    content = [cache.digest_file(file) for file in files]
+    content = [digest_file(file) for file in files]
     path = cache.entry_path(cache.key_of([digest.sha256 for digest in content], tokenizer, settings))
     if (found := cache.open_entry(path)) is None:
         processes = num_proc or worthwhile_processes(sum(digest.size for digest in content), available_cores())
@@ -125,6 +126,8 @@ def _tokenized(
     report = _report(meta, files)
     if _is_first_rank():
         logger.log(logging.WARNING if report.dropped else logging.INFO, "%s", report)
+        if settings.split is None:
+            _notice_empty(files, dataset.data["file"].to_numpy())
     # The cache keeps numbers; the names are those of the files in use now, which may have moved.
     dataset = dataset.with_transform(partial(_add_places, tuple(replace(file, dataset=None) for file in files)))
     return TokenizedData(dataset, dataset.data["tokens"].to_numpy(), meta["digest"], report)
@@ -175,6 +178,12 @@ def _tokenize_into(
         raise UserError(f"no usable pair in {names}: {report}")
 
 
+def _notice_empty(files: tuple[DataFile, ...], kept: np.ndarray) -> None:
+    """Say which of several files gave nothing; `kept` [N] has the file of each pair."""
+    if empty := [files[number].name for number in np.setdiff1d(np.arange(len(files)), kept)]:
+        logger.warning("no pair comes from %s", ", ".join(empty))
+
+
 def _add_places(files: tuple[DataFile, ...], batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     if "row" not in batch:  # single columns are asked for
         return batch
@@ -187,7 +196,7 @@ def _report(meta: dict[str, Any], files: tuple[DataFile, ...]) -> DropReport:
     return DropReport(rows=meta["rows"], kept=meta["kept"], dropped=dict(meta["dropped"]), examples=examples)
 
 
-def _total_rows(files: tuple[DataFile, ...], content: list[cache.FileDigest]) -> int | None:
+def _total_rows(files: tuple[DataFile, ...], content: list[FileDigest]) -> int | None:
     """Rows to expect, for the progress bar; None where only reading would tell."""
     counts = [
         digest.lines if file.kind == "jsonl" and not file.is_packed else count_rows(file)

@@ -37,6 +37,8 @@ REASONS = {
     "identical_after_truncation": Reason("warning", "left out; raise max_length or shorten the prompts"),
     "template_hides_turns": Reason("warning", "left out; take a chat template that keeps every turn's words"),
     "prompt_differs": Reason("warning", "let both sides answer the same prompt: its difference would be learnt too"),
+    "repeats_prompt": Reason("warning", "take the prompt out of the answers, unless they quote it"),
+    "empty_prompt": Reason("warning", "ask something, or remove these rows"),
     "duplicate_pair": Reason("warning", "remove the copies: they count as often as they occur (weight does that, too)"),
     "contradictory_pair": Reason("warning", "decide which answer is better: these pairs cancel each other"),
     "parts_early": Reason("info", "nothing, if these are trajectories; else let both sides have the same history"),

@@ -11,10 +11,18 @@ from typing import Any
 import numpy as np
 
 from minimind_dpo.data.chat import WHOLE, TokenizedPair, shared_prefix_length
-from minimind_dpo.data.checking.rules import double_bos, early_parting, missing_end_token, prompt_difference
+from minimind_dpo.data.checking.rules import (
+    double_bos,
+    early_parting,
+    empty_prompt,
+    missing_end_token,
+    prompt_difference,
+    repeated_prompt,
+)
 from minimind_dpo.data.drops import DroppedRow, encode_whole, find_drop
 from minimind_dpo.data.processes import RowBlock, Settings
 from minimind_dpo.data.records import Message, PreferencePair, RowError, parse_line
+from minimind_dpo.data.said import asked, is_long, said
 
 # Of a pair that has a signal at some `max_length`: where it was read; tokens of the prompt, of both answers and of both
 # whole sides; the least `max_length` that keeps it; digests of both conversations, and of a prompt that is long
@@ -24,8 +32,6 @@ ROW = np.dtype(
     + [(name, "<i4") for name in ("prompt", "chosen", "rejected", "chosen_side", "rejected_side", "needs")]
     + [(name, "<u8") for name in ("chosen_key", "rejected_key", "prompt_key")]
 )
-_LONG_PROMPT = 24  # characters, wide ones count double; "How are you?" may well stand in two data sets
-_WIDE = "\u2e80"  # from here on a character is taken to be as wide as two
 _encode = json.JSONEncoder(sort_keys=True, default=str).encode  # a pair's columns can hold anything that Arrow can
 
 Finding = tuple[int, str, str]  # index of the row in its block, reason, detail
@@ -60,8 +66,6 @@ def _check_row(
 ) -> tuple[list[tuple[str, str]], tuple[Any, ...] | None]:
     """The findings of a row, and its numbers as `ROW` has them, without its place."""
     try:
-        if isinstance(payload, RowError):  # the file ends here, damaged
-            raise payload
         pair = parse_line(payload, place, dict(settings.columns))
         whole = encode_whole(pair, tokenizer, settings.completion_mask, settings.template_date)
     except RowError as error:
@@ -76,6 +80,8 @@ def _check_row(
     if drop is None:
         rules = {
             "prompt_differs": prompt_difference(pair),
+            "repeats_prompt": repeated_prompt(pair),
+            "empty_prompt": empty_prompt(pair, tokenizer),
             "parts_early": early_parting(pair),
             "double_bos": double_bos(pair, whole, tokenizer),
             "missing_end_token": missing_end_token(whole, tokenizer),
@@ -97,21 +103,18 @@ def _lengths(whole: TokenizedPair) -> tuple[int, ...]:
 
 
 def _keys(pair: PreferencePair) -> tuple[int, int, int]:
-    shared = pair.prompt_messages
-    prompt, said = pair.chosen[:shared], list(map(_said, pair.chosen[:shared]))
-    head = _encode([pair.tools, prompt])
-    chosen, rejected = (_digest(head + _encode(side[shared:])) for side in (pair.chosen, pair.rejected))
-    return chosen, rejected, _digest(_encode(said)) if _is_long(said) else 0
+    shared, prompt = pair.prompt_messages, asked(pair)
+    head = _encode([pair.tools, list(map(_as_written, pair.chosen[:shared]))])
+    chosen, rejected = (
+        _digest(head + _encode(list(map(_as_written, side[shared:])))) for side in (pair.chosen, pair.rejected)
+    )
+    long = is_long("".join(words for role, words in prompt if role != "system"))
+    return chosen, rejected, _digest(_encode(prompt)) if long else 0
 
 
-def _said(message: Message) -> tuple[str, str]:
-    """Who said what; white space is taken to be the same everywhere."""
-    return message["role"], " ".join(str(message.get("content") or "").split())
-
-
-def _is_long(said: list[tuple[str, str]]) -> bool:
-    text = "".join(words for role, words in said if role != "system")
-    return len(text) >= _LONG_PROMPT or sum(1 + (character >= _WIDE) for character in text) >= _LONG_PROMPT
+def _as_written(message: Message) -> Message:
+    """A message with all its fields; white space is taken to be the same everywhere."""
+    return message | {"content": said(message)[1]}
 
 
 def _digest(text: str) -> int:

@@ -7,7 +7,9 @@ from functools import lru_cache
 from typing import Any
 
 from minimind_dpo.data.chat import TokenizedPair
+from minimind_dpo.data.forms import is_whole, transcript
 from minimind_dpo.data.records import PreferencePair
+from minimind_dpo.data.said import asked, is_long, plain_words
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,31 @@ def early_parting(pair: PreferencePair) -> str | None:
     at = pair.prompt_messages
     last = at == len(pair.chosen) - 1 == len(pair.rejected) - 1
     return None if last or prompt_difference(pair) else f"the sides part at message {at + 1}, an earlier answer"
+
+
+def repeated_prompt(pair: PreferencePair) -> str | None:
+    """Whether the answers say the prompt again: both begin with it, or one is a whole transcript."""
+    answers = pair.chosen[pair.prompt_messages], pair.rejected[pair.prompt_messages]
+    if any(message["role"] != "assistant" for message in answers):
+        return None
+    texts = [str(message["content"] or "").removeprefix(pair.prefill) for message in answers]
+    if any(is_whole(transcript(text)) for text in texts):
+        return "an answer is a whole transcript (Human: ... Assistant: ...)"
+    begun = plain_words(pair.prefill)
+    question = next((words for role, words in reversed(asked(pair)) if role == "user"), "")
+    for what, words, known in (
+        ("that the prompt begins them with", begun, len(begun) > 3),
+        ("of the prompt", question, is_long(question)),
+    ):
+        if known and all(plain_words(text).startswith(words) for text in texts):
+            return f"both answers begin with the words {what}"
+    return None
+
+
+def empty_prompt(pair: PreferencePair, tokenizer: Any) -> str | None:
+    """Whether a turn that should ask something has no words; without a template it has no turn either."""
+    silent = [role for role, words in asked(pair) if role == "user" and not words]
+    return "what the user says is empty" if silent and tokenizer.chat_template else None
 
 
 def double_bos(pair: PreferencePair, whole: TokenizedPair, tokenizer: Any) -> str | None:
