@@ -98,6 +98,7 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "python text, quotes": ({"prompt": str(say("it's \"why\"?")), "chosen": str([YES]), "rejected": str([NO])},
                             row("it's \"why\"?", chosen="yes", rejected="no")),
     "question, json text": ({"question": json.dumps(say("hello", "hi", "why?")), **TEXTS}, PLAIN),
+    "instruction, json text": ({"instruction": json.dumps(say("hello", "hi", "why?")), "input": "", **TEXTS}, PLAIN),
     "text parts, json text": (
         {"prompt": json.dumps(parts("why?")[0]["content"]), "chosen": json.dumps([{"type": "text", "text": "yes"}]),
          "rejected": "no"}, ONE),
@@ -208,6 +209,7 @@ def test_a_token_that_reaches_into_the_answer_counts() -> None:
         ({"prompt": "why?", "chosen": str([YES])[:-1], "rejected": "no"}, "chosen begins as messages do"),
         ({"prompt": "why?", "chosen": json.dumps(YES)[:-1], "rejected": "no"}, "chosen begins as messages do"),
         ({"prompt": str(say("a", "b", "c")).replace(",", "\n"), **TEXTS}, "prompt begins as messages do"),
+        ({"prompt": f"array({say('a')}, dtype=object)", **TEXTS}, "prompt begins as messages do"),
         ({"prompt": json.dumps([{"type": "image", "image": "x.png"}]), **TEXTS}, "is of the type 'image'"),
         ({"messages": say("a", "b"), "rejected_response": ["c", "d"]}, "rejected_response must be one text"),
         ({"chosen": "a", "rejected": "b"}, "plain-text answers need a prompt"),

@@ -139,12 +139,12 @@ def _alpaca_output(row: Row, place: str) -> Row:
 
 def _instruction(row: Row, place: str) -> Any:
     """Alpaca's instruction and input, one below the other as LLaMA-Factory joins them."""
-    parts = [row[name] for name in ("instruction", "input") if name in row]
-    if len(parts) == 1:
-        return parts[0]
+    parts = [row[name] for name in ("instruction", "input") if row.get(name)]
+    if len(parts) < 2:
+        return parts[0] if parts else ""
     if not all(isinstance(part, str) for part in parts):
         fail("wrong_type", place, "instruction and input must both be texts")
-    return "\n".join(part for part in parts if part)
+    return "\n".join(parts)
 
 
 def _column(name: str) -> Callable[[Row, str], Any]:
@@ -167,8 +167,8 @@ PROMPTS: dict[tuple[str, ...], Callable[[Row, str], Any]] = {
     ("query",): _column("query"),
 }
 COLUMNS = frozenset({*OPTIONAL, *(name for way in (*ANSWERS, *PROMPTS) for name in way), "history"})
-_OF_WORDS = ("question", "query", "response")  # these are seldom more than words
-_OF_MESSAGES = COLUMNS - {*OPTIONAL, *_OF_WORDS, "instruction", "input", "history"}
+_OF_WORDS = ("instruction", "question", "query", "response")  # these are seldom more than words
+_OF_MESSAGES = COLUMNS - {*OPTIONAL, *_OF_WORDS, "input", "history"}
 
 
 def _present(row: Row, names: tuple[str, ...]) -> bool:
