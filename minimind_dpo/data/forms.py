@@ -50,6 +50,7 @@ def plain_row(row: Row, place: str) -> tuple[Row, set[str]]:
     prompts = [names for names in PROMPTS if any(_gives_prompt(row, name) for name in names)]
     if len(prompts) > 1 and not row.get("prompt", True):
         prompts.remove(("prompt",))
+        used.add("prompt")
     if len(prompts) > 1:
         fail("wrong_keys", place, f"its prompt stands in {_listed(prompts)}; say which: --columns prompt=NAME")
     for names in prompts:

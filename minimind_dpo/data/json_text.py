@@ -12,9 +12,7 @@ from minimind_dpo.errors import UserError
 DEEPEST = 100  # levels of lists and objects in what a chat template gets; tool schemas have some ten
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
-ENCODED = re.compile(
-    r"""\s*"?\s*(array\(\s*)?(\[\s*)?\{\s*\\*["']"""
-)  # an object, or some in a list
+ENCODED = re.compile(r"""\s*"?\s*(array\(\s*)?(\[\s*)?\{\s*\\*["']""")  # an object, or some in a list
 PYTHON = re.compile(r"\s*(\[\s*)?\{\s*'")
 UNREADABLE = object()
 
