@@ -54,50 +54,84 @@ class CpuPairAttention(torch.autograd.Function):
                 left out and becomes 0, in the gradient too.
         """
         scaling = query.shape[3] ** -0.5 if scaling is None else scaling
-        group = query.shape[1] // key.shape[1]
-        queries, keys, values = _rows(query.float(), group).mul_(scaling), key.float(), value.float()
-        output = (queries.new_empty if wanted is None else queries.new_zeros)(*queries.shape[:2], value.shape[3])
-        kept = []
-        for block in query_blocks(segments, wanted):
-            rows = slice(block.start * group, block.end * group)
-            weights = _weights(queries[:, rows], visible_states(keys, block)[0], block, window)
-            output[:, rows] = _product(weights, visible_states(values, block)[0])
-            kept.append(weights.to(query.dtype) if any(ctx.needs_input_grad) and keeps_weights(block) else None)
+        kept: list[Tensor | None] = []
+        output = attend(
+            query, key, value, segments, scaling, window, wanted, kept if any(ctx.needs_input_grad) else None
+        )
         ctx.save_for_backward(query, key, value, *kept)
         ctx.segments, ctx.scaling, ctx.window, ctx.wanted = segments, scaling, window, wanted
-        return _positions(output.to(query.dtype), group)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Gradients of query, key and value."""
         query, key, value, *kept = ctx.saved_tensors
-        group = query.shape[1] // key.shape[1]
-        half = query.dtype != torch.float32
-        spare = FILLED if half else 0
-        scaled = _rows(query.float(), group).mul_(ctx.scaling)
-        grads = _rows(grad_output.transpose(1, 2), group, spare)
-        queries = _rows(query, group, spare) if half else scaled  # scaled ones would be rounded once more
-        grad_queries = (torch.empty_like if ctx.wanted is None else torch.zeros_like)(scaled, dtype=query.dtype)
-        grad_key, grad_value = (torch.zeros_like(states, dtype=torch.float32) for states in (key, value))
-        keys, values = (F.pad(states, (0, 0, 0, spare))[0] if half else states[0] for states in (key, value))
-        for block, weights in zip(query_blocks(ctx.segments, ctx.wanted), kept, strict=True):
-            rows = slice(block.start * group, block.end * group)
-            if weights is None:
-                weights = _weights(scaled[:, rows], visible_states(key, block)[0].float(), block, ctx.window)
-            weights = _filled(weights.to(query.dtype)) if half else weights
-            # what is filled up meets the neighbours' rows and keys, with weights of zero
-            wide = block._replace(end=block.end + weights.shape[2] - block.keys)
-            own = slice(rows.start, rows.start + weights.shape[1])
-            grad, seen = grads[:, own], visible_states(keys, wide)
-            grad_weights = _product(grad, visible_states(values, wide).mT)
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grad_queries[:, rows] = _product(grad_scores, seen)[:, : rows.stop - rows.start]
-            _add(grad_key[0], block, _product(grad_scores.mT, queries[:, own]))
-            _add(grad_value[0], block, _product(weights.mT, grad))
-        if half:
-            grad_key.mul_(ctx.scaling)
-        grad_query = _positions(grad_queries.mul_(ctx.scaling), group).transpose(1, 2)
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None, None
+        told = ctx.segments, ctx.scaling, ctx.window, ctx.wanted
+        return *attend_back(grad_output, query, key, value, kept, *told), None, None, None, None
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Sequence[PairSegment],
+    scaling: float,
+    window: int | None,
+    wanted: Sequence[int] | None,
+    kept: list[Tensor | None] | None,
+) -> Tensor:
+    """Outputs [1, T, heads, head_dim] of `CpuPairAttention`; each block's softmax, or None, is added to `kept`."""
+    group = query.shape[1] // key.shape[1]
+    queries, keys, values = _rows(query.float(), group).mul_(scaling), key.float(), value.float()
+    output = (queries.new_empty if wanted is None else queries.new_zeros)(*queries.shape[:2], value.shape[3])
+    for block in query_blocks(segments, wanted):
+        rows = slice(block.start * group, block.end * group)
+        weights = _weights(queries[:, rows], visible_states(keys, block)[0], block, window)
+        output[:, rows] = _product(weights, visible_states(values, block)[0])
+        if kept is not None:
+            kept.append(weights.to(query.dtype) if keeps_weights(block) else None)
+    return _positions(output.to(query.dtype), group)
+
+
+def attend_back(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kept: Sequence[Tensor | None],
+    segments: Sequence[PairSegment],
+    scaling: float,
+    window: int | None,
+    wanted: Sequence[int] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value from that of `attend`'s outputs and what it kept."""
+    group = query.shape[1] // key.shape[1]
+    half = query.dtype != torch.float32
+    spare = FILLED if half else 0
+    scaled = _rows(query.float(), group).mul_(scaling)
+    grads = _rows(grad_output.transpose(1, 2), group, spare)
+    queries = _rows(query, group, spare) if half else scaled  # scaled ones would be rounded once more
+    grad_queries = (torch.empty_like if wanted is None else torch.zeros_like)(scaled, dtype=query.dtype)
+    grad_key, grad_value = (torch.zeros_like(states, dtype=torch.float32) for states in (key, value))
+    keys, values = (F.pad(states, (0, 0, 0, spare))[0] if half else states[0] for states in (key, value))
+    for block, weights in zip(query_blocks(segments, wanted), kept, strict=True):
+        rows = slice(block.start * group, block.end * group)
+        if weights is None:
+            weights = _weights(scaled[:, rows], visible_states(key, block)[0].float(), block, window)
+        weights = _filled(weights.to(query.dtype)) if half else weights
+        # what is filled up meets the neighbours' rows and keys, with weights of zero
+        wide = block._replace(end=block.end + weights.shape[2] - block.keys)
+        own = slice(rows.start, rows.start + weights.shape[1])
+        grad, seen = grads[:, own], visible_states(keys, wide)
+        grad_weights = _product(grad, visible_states(values, wide).mT)
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+        grad_queries[:, rows] = _product(grad_scores, seen)[:, : rows.stop - rows.start]
+        _add(grad_key[0], block, _product(grad_scores.mT, queries[:, own]))
+        _add(grad_value[0], block, _product(weights.mT, grad))
+    if half:
+        grad_key.mul_(scaling)
+    grad_query = _positions(grad_queries.mul_(scaling), group).transpose(1, 2)
+    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
 def query_blocks(segments: Sequence[PairSegment], wanted: Sequence[int] | None = None) -> Iterator[QueryBlock]:
