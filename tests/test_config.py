@@ -182,6 +182,7 @@ def test_identity_is_what_checkpoints_hold() -> None:
         "ref_model_mixup_alpha": 0.6,
         "ref_model_sync_steps": 512,
         "deterministic": False,
+        "torch_compile": False,
     }
     assert {name: now.pop(name) for name in absent_then} == absent_then
     decided_later = {name: now.pop(name) for name in ("matmul", "weight_rounding")}

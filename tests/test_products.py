@@ -234,7 +234,6 @@ def test_torch_s_own_bits(calls: list[Any]) -> None:
 
 def test_attention_s_larger_products(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Two forward, five backward of each key head of a block of so many multiplications, filled up to 64."""
-    monkeypatch.setattr(attention_cpu, "product", lambda left, right: products.product(left, right))
     generator = torch.Generator().manual_seed(0)
     # blocks of 120, 120, 120 queries that see 120, 240, 360 keys, and of 30 that see 330
     segments = (PairSegment(0, 300, 60, 30),)

@@ -48,6 +48,7 @@ RENAMED = {
     "eval_on_start": "eval_data, which is always evaluated before the first step",
     "save_strategy": "save_steps, 0 for no",
     "full_determinism": "deterministic",
+    "use_compile": "torch_compile",
     "activation_checkpointing": "gradient_checkpointing",
     "gradient_checkpointing_kwargs": "gradient_checkpointing",
     "activation_checkpointing_kwargs": "gradient_checkpointing",
@@ -91,13 +92,12 @@ _REASONS = {
     "ranks": "decided here: what ranks exchange, and how",
     "half": "metrics and log-probabilities are fp32 whatever the products are",
     "speed": "not here; what makes steps fast is on already (docs/performance.md)",
-    "hub": "not here: minimind-dpo export writes what can be uploaded",
+    "hub": "not a setting here: minimind-dpo export --push_to_hub REPO",
     "log": "decided here: the console, metrics.jsonl and report.html (docs/training.md)",
     "kept": "a checkpoint always has all that a resume needs; the model alone is in model/",
     "absent": "there is nothing like it here",
     "mode": "the verb says it: train, precompute, ...",
     "engines": "one process, DDP and DeepSpeed are there (docs/engines.md)",
-    "best": "not here: the final policy is written, and checkpoints by save_steps",
     "text": "not here: answers are text only, and cut on the right",
 }
 # theirs -> why there is none
@@ -111,7 +111,7 @@ ABSENT = _names(
     "dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order precompute_ref_batch_size",
     ranks="ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ignore_bias_buffers",
     half="bf16_full_eval fp16_full_eval tf32",
-    speed="use_compile torch_compile torch_compile_backend torch_compile_mode use_liger_kernel liger_kernel_config "
+    speed="torch_compile_backend torch_compile_mode use_liger_kernel liger_kernel_config "
     "activation_offloading torch_empty_cache_steps use_cache",
     hub="push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
     log="logging_strategy logging_first_step log_on_each_node log_level log_level_replica disable_tqdm debug "
@@ -123,7 +123,6 @@ ABSENT = _names(
     "load_in_8bit use_bnb_nested_quant bnb_4bit_quant_storage",
     mode="do_train do_eval do_predict",
     engines="fsdp fsdp_config parallelism_config",
-    best="load_best_model_at_end metric_for_best_model greater_is_better",
     text="truncation_mode tools max_completion_length",
 )
 

@@ -72,6 +72,7 @@ class TrainConfig:
         "library for fp32 products on the CPU: auto: the faster one, kept on a resume | torch | onednn",
         choices=MATMULS,
     )
+    torch_compile: bool = _fixed(False, "compile the decoder for training passes over packed pairs, with torch.compile")
     gradient_checkpointing: bool = _free(False, "recompute activations in the backward pass")
     dropout: float = _fixed(0.0, "the policy's dropout, whatever its configuration says", bounds=DROPOUT)
     weight_rounding: str = _fixed(

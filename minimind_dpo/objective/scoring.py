@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from minimind_dpo.data.batch import PairBatch
 from minimind_dpo.engine import transfer
+from minimind_dpo.models.fast.compiling import CompiledDecoder
 from minimind_dpo.models.fast.half import product_places, product_weights
 from minimind_dpo.models.fast.patch import Patch
 from minimind_dpo.models.fast.products import TORCH
@@ -51,6 +52,7 @@ class PairScorer(nn.Module):
             only; off until `choose_layout` has seen that it changes nothing.
         squares: whether a forward pass gives `PairScores.log_squares`.
         half_weights: by parameter the copies that products use instead, which an engine keeps up to date.
+        compiled: what calls the decoder in training passes over packed rows; None: nothing but itself.
     """
 
     def __init__(self, model: PreTrainedModel, library: str = TORCH):
@@ -60,6 +62,7 @@ class PairScorer(nn.Module):
         self._patch = Patch(model, library)
         self.fused_head, self.squares = False, False
         self.half_weights: Mapping[nn.Parameter, Tensor] = {}
+        self.compiled: CompiledDecoder | None = None
 
     def forward(self, batch: PairBatch) -> PairScores:
         """Score a batch; the language model head runs only where the next token counts.
@@ -68,9 +71,7 @@ class PairScorer(nn.Module):
             NotImplementedError: the batch is packed, and the model cannot attend over packed pairs.
         """
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
-        if batch.segments is not None:
-            inputs |= {"pair_segments": batch.segments, "branch_plan": batch.branches}
-        else:
+        if batch.segments is None:
             inputs["attention_mask"] = batch.attention_mask
         wants_router = self.router is not None and self.training
         if wants_router:
@@ -82,12 +83,12 @@ class PairScorer(nn.Module):
         lengths = () if packed else batch.sequence_lengths
         with self._patch.applied(packed=packed, wanted=wanted, copies=self.half_weights, lengths=lengths):
             if fused:
-                output = decoder(**inputs)
+                output = self._decoded(decoder, inputs, batch, wanted)
                 scored = head(
                     output.last_hidden_state.flatten(0, -2)[batch.logit_positions], batch.target_ids, self.squares
                 )
             else:
-                output = self.model(**inputs, logits_to_keep=_kept(batch))
+                output = self.model(**inputs, **_pairs(batch), logits_to_keep=_kept(batch))
                 scored = _scored(output.logits.flatten(0, -2).float(), batch.target_ids, self.squares)
         logps, squares = scored if self.squares else (scored, _NOTHING)
         return PairScores(
@@ -95,6 +96,11 @@ class PairScorer(nn.Module):
             self._aux_losses(output, batch) if wants_router else logps.new_zeros(len(batch)),
             squares[batch.token_index] if self.squares else squares,
         )
+
+    def _decoded(self, decoder: nn.Module, inputs: dict[str, Any], batch: PairBatch, wanted: Tensor | None) -> Any:
+        if self.compiled is not None and batch.segments is not None and torch.is_grad_enabled():
+            return self.compiled(decoder, inputs, batch.segments, batch.branches, wanted)
+        return decoder(**inputs, **_pairs(batch))
 
     @property
     def needs_rows(self) -> bool:
@@ -129,6 +135,11 @@ class PairScorer(nn.Module):
             coefficient=self.router.coefficient,
         )
         return sequence_losses.view(-1, 2).mean(dim=1)
+
+
+def _pairs(batch: PairBatch) -> dict[str, Any]:
+    """What a model hands on to its attention over a packed row."""
+    return {} if batch.segments is None else {"pair_segments": batch.segments, "branch_plan": batch.branches}
 
 
 def _scored(logits: Tensor, targets: Tensor, squares: bool) -> Tensor | tuple[Tensor, Tensor]:

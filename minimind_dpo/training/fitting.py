@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from minimind_dpo.config import TrainConfig
 from minimind_dpo.data.chat import load_tokenizer
 from minimind_dpo.data.tokenized import TokenizedData
+from minimind_dpo.engine.protocol import Engine
 from minimind_dpo.errors import UserError
 from minimind_dpo.losses import LOSSES
+from minimind_dpo.models.fast.compiling import check_compiler
 from minimind_dpo.models.probe import embedding_rows
 from minimind_dpo.models.tokenizer_files import tokenizer_place
 
@@ -190,3 +193,22 @@ def end_token_ids(model: PreTrainedModel, tokenizer: Any) -> Tensor:
     told = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = {tokenizer.eos_token_id, *(told if isinstance(told, list) else [told])}
     return torch.tensor(sorted(token for token in ids if token is not None), dtype=torch.long)
+
+
+def check_compiles(config: TrainConfig, engine: Engine) -> None:
+    """Refuse `torch_compile` where there is nothing to compile, or nothing to compile with.
+
+    Raises:
+        UserError: with what to change.
+    """
+    if not config.torch_compile:
+        return
+    obstacles = {
+        "gradient_checkpointing: true": config.gradient_checkpointing,
+        "dropout above 0": config.dropout > 0 or config.lora_dropout > 0,
+        f"attn_implementation: {config.attn_implementation}": not config.attends_pairs,
+        "ZeRO 3, which gathers weights layer by layer": engine.gathers_weights,
+    }
+    if met := [name for name, is_there in obstacles.items() if is_there]:
+        raise UserError(f"torch_compile: does not go with {met[0]}; leave one of the two out")
+    check_compiler(engine.device)

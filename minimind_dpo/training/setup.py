@@ -22,14 +22,21 @@ from minimind_dpo.models.adapters import add_adapters
 from minimind_dpo.models.bases import AdapterBase, note_base
 from minimind_dpo.models.digest import weights_digest
 from minimind_dpo.models.dropout import set_dropout
+from minimind_dpo.models.fast.compiling import CompiledDecoder
 from minimind_dpo.models.places import absolute_source
-from minimind_dpo.objective.layout import choose_layout
+from minimind_dpo.objective.layout import PairLayout, choose_layout
 from minimind_dpo.objective.preference import Preference
 from minimind_dpo.objective.scoring import PairScorer
 from minimind_dpo.reference.choosing import load_reference, make_following, make_reference
 from minimind_dpo.reference.following import FollowingReference
 from minimind_dpo.training.data import RunData, load_data, tokenizer_path
-from minimind_dpo.training.fitting import check_fits, check_loss, check_reference_tokenizer, end_token_ids
+from minimind_dpo.training.fitting import (
+    check_compiles,
+    check_fits,
+    check_loss,
+    check_reference_tokenizer,
+    end_token_ids,
+)
 from minimind_dpo.training.introduction import introduce
 from minimind_dpo.training.recipes import name_recipe
 from minimind_dpo.training.run import Run
@@ -48,7 +55,7 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
         UserError: data, model, tokenizer and configuration do not go together, or the checkpoint is another run's.
         StoppedEarly: `stop` came before the first step.
     """
-    config = settle(with_former_defaults(config, checkpoint), engine, checkpoint)
+    config = _settled(config, engine, checkpoint)
     tokenizer = load_tokenizer(tokenizer_path(config), config.trust_remote_code)
     dtype = policy_dtype(config, engine, checkpoint)
     policy = load_start(config, dtype, engine.precision)
@@ -64,7 +71,7 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
     trained = (parameter for parameter in scorer.parameters() if parameter.requires_grad)
     optimizer = make_optimizer(trained, config.learning_rate, config.weight_decay, config.optim)
     prepared, optimizer = engine.prepare(scorer, optimizer, config.weight_rounding)
-    layout = choose_layout(unwrap(prepared), config.attn_implementation, engine.device, engine.autocast, decide)
+    layout = _layout(config, engine, unwrap(prepared))
     reference = make_reference(config, engine, loaded, unwrap(prepared), layout, data.needed(), stop.signalled)
     following = make_following(config, engine, loaded, prepared)
     unwrap(prepared).squares = config.use_weighting  # from here on: no reference has a use for them
@@ -89,6 +96,20 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
         end_token_ids=end_token_ids(policy, tokenizer).to(engine.device),
         prompts=data.prompts,
     )
+
+
+def _settled(config: TrainConfig, engine: Engine, checkpoint: Path | None) -> TrainConfig:
+    config = settle(with_former_defaults(config, checkpoint), engine, checkpoint)
+    check_compiles(config, engine)
+    return config
+
+
+def _layout(config: TrainConfig, engine: Engine, scorer: PairScorer) -> PairLayout:
+    """How pairs are laid out; from here on a scorer that is to be compiled is, in training passes over packed pairs."""
+    layout = choose_layout(scorer, config.attn_implementation, engine.device, engine.autocast, decide)
+    if config.torch_compile:
+        scorer.compiled = CompiledDecoder()
+    return layout
 
 
 def configured_preference(config: TrainConfig) -> Preference:

@@ -14,7 +14,7 @@ from torch import Tensor
 from minimind_dpo.data.batch import pack_pairs
 from minimind_dpo.data.branches import PairSegment, plan_branches
 from minimind_dpo.engine import transfer
-from minimind_dpo.models.fast import attention, attention_gpu, nodes_gpu
+from minimind_dpo.models.fast import attention, attention_gpu, attention_ops_gpu, nodes_gpu
 from minimind_dpo.models.fast.attention_gpu import EFFICIENT, FLASH, Scores
 from minimind_dpo.objective.preference import Preference
 from minimind_dpo.objective.scoring import PairScorer
@@ -281,6 +281,26 @@ def test_a_step_for_a_gpu_is_that_for_a_cpu(monkeypatch: pytest.MonkeyPatch, kin
             results.append(score(kind, pack_pairs(rows)))
     for theirs, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(("kernel", "window"), [(FLASH, None), (FLASH, 4), (EFFICIENT, None)])
+def test_a_compiled_decoder_calls_the_same(monkeypatch: pytest.MonkeyPatch, kernel: Any, window: int | None) -> None:
+    """The operators in a compiled decoder's graph; inside of them autograd, by which kernels here go back, is off."""
+    monkeypatch.setattr(attention_ops_gpu, "kernel_for", lambda *_: kernel)
+    monkeypatch.setattr(attention_ops_gpu, "gpu_attention_backward", attention_ops_gpu._backward_on_gpu)
+    length, plan = SEGMENTS[-1].start + SEGMENTS[-1].length, plan_branches(SEGMENTS)
+    states = leaves((1, 4, length, 8), (1, 2, length, 8), (1, 2, length, 8))
+    expected = attention_gpu.varlen_attention(*states, kernel, Scores(plan, 0.3, window))
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    numbers = plan.query_ends, plan.key_ends, plan.key_index, plan.longest_query, plan.longest_key, 0.3, window
+    context: Any = SimpleNamespace(save_for_backward=lambda *kept: setattr(context, "saved_tensors", kept))
+    with torch.no_grad():
+        outputs = attention_ops_gpu._forward_on_gpu(*states, *numbers)
+        attention_ops_gpu._keep(context, (*states, *numbers), outputs)
+        found = attention_ops_gpu._back(context, weights, *[None] * 5)
+    assert len(found) == len(states) + len(numbers) and not any(state is not None for state in found[3:])
+    close([outputs[0], *found[:3]], [expected, *gradients(expected, states)], 1e-6)
 
 
 def score(kind: str, batch: Any) -> list[Tensor]:

@@ -25,6 +25,7 @@ from minimind_dpo.engine.cpu import has_bf16_units
 from minimind_dpo.models.fast.attention_blocks import banded_mask, pair_branches, visible_states
 from minimind_dpo.models.fast.attention_cpu import CpuPairAttention
 from minimind_dpo.models.fast.attention_gpu import Scores, kernel_for, varlen_attention
+from minimind_dpo.models.fast.attention_ops import RowPlan, plan_attention
 from minimind_dpo.models.fast.precision import autocast
 from minimind_dpo.models.fast.products import TORCH
 
@@ -43,6 +44,7 @@ def pair_attention(
     branch_plan: BranchPlan | None = None,
     sliding_window: int | None = None,
     library: str = TORCH,
+    row_plan: RowPlan | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each packed pair.
@@ -59,6 +61,7 @@ def pair_attention(
         branch_plan: the same for a GPU's kernels, on the GPU; without it there is SDPA.
         sliding_window: positions a query sees, itself included; None sees all.
         library: for products of fp32 on the CPU (`models/fast/products.py`).
+        row_plan: instead of the two before, where a compiled decoder calls; its products are torch's.
 
     Returns:
         [1, T, heads, head_dim] and no weights.
@@ -69,16 +72,16 @@ def pair_attention(
     """
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise NotImplementedError("soft-capped scores and attention sinks have no packed form")
+    if row_plan is not None:
+        return _planned(module, (query, key, value), row_plan, scaling, sliding_window, dropout), None
     segments = _checked(pair_segments, query, key, value)
     query, key, value = autocast(query, key, value)
     if query.device.type == "cpu" and not dropout and not transfer.on_gpu(query):
         return _cpu_attention(module, (query, key, value), library, segments, scaling, sliding_window), None
     if branch_plan is not None and not dropout:
-        narrow = sliding_window is not None and sliding_window < branch_plan.longest_key
-        scores = Scores(branch_plan, scaling, sliding_window if narrow else None)
-        if (kernel := kernel_for(query, value, scores)) is not None:
-            _say(f"{kernel.name} in {str(query.dtype).removeprefix('torch.')}, one call a layer")
-            return varlen_attention(query, key, value, kernel, scores), None
+        output = _gpu_attention(query, key, value, branch_plan, scaling, sliding_window)
+        if output is not None:
+            return output, None
     return sdpa_attention(query, key, value, segments, scaling, sliding_window, dropout), None
 
 
@@ -86,6 +89,33 @@ def pair_attention(
 def _say(how: str) -> None:
     """Say once how pairs are attended; the device and the size of heads decide."""
     logger.info("attention over packed pairs: %s", how)
+
+
+def _gpu_attention(
+    query: Tensor, key: Tensor, value: Tensor, plan: BranchPlan, scaling: float | None, window: int | None
+) -> Tensor | None:
+    """By one call of a kernel, or None where there is none for such states."""
+    narrow = window is not None and window < plan.longest_key
+    scores = Scores(plan, scaling, window if narrow else None)
+    if (kernel := kernel_for(query, value, scores)) is None:
+        return None
+    _say(f"{kernel.name} in {str(query.dtype).removeprefix('torch.')}, one call a layer")
+    return varlen_attention(query, key, value, kernel, scores)
+
+
+def _planned(
+    module: nn.Module,
+    states: tuple[Tensor, ...],
+    plan: RowPlan,
+    scaling: float | None,
+    window: int | None,
+    dropout: float,
+) -> Tensor:
+    if dropout:
+        raise NotImplementedError("dropped attention weights have no compiled form")
+    query, key, value = autocast(*states)
+    scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+    return plan_attention(query, key, value, plan, scaling, window, getattr(module, "wanted_rows", None))
 
 
 def _cpu_attention(module: nn.Module, states: tuple[Tensor, ...], library: str, *arguments: Any) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from minimind_dpo.data.batch import PairSegment
 from minimind_dpo.models.fast.attention_blocks import QueryBlock, banded_mask, pair_branches, visible_states
-from minimind_dpo.models.fast.products import ONEDNN, TORCH, product
+from minimind_dpo.models.fast.products import ONEDNN, TORCH, batched_product
 
 BLOCK = 128  # queries at a time; fewer make products too small, more compute too many hidden scores
 KEPT_KEYS = 384  # the softmax of queries that see more keys is computed again: it would outgrow the other activations
@@ -63,55 +63,89 @@ class CpuPairAttention(torch.autograd.Function):
             library: for products of fp32.
         """
         scaling = query.shape[3] ** -0.5 if scaling is None else scaling
-        group = query.shape[1] // key.shape[1]
-        spare = FILLED if library == ONEDNN else 0
-        queries = _rows(query.float(), group, spare).mul_(scaling)
-        keys, values = _spared(key.float(), spare), _spared(value.float(), spare)
-        make = queries.new_empty if wanted is None else queries.new_zeros
-        output = make(len(queries), query.shape[2] * group, value.shape[3])
-        kept = []
-        for block in query_blocks(segments, wanted):
-            rows, by = slice(block.start * group, block.end * group), _by(library, block, queries, group)
-            weights = _weights(queries, keys, block, group, window, by)
-            _, wide, fill = _widened(block, group, by)
-            outputs = _product(_filled(weights, fill), visible_states(values, wide), by)
-            output[:, rows] = outputs[:, : weights.shape[1]]
-            kept.append(weights.to(query.dtype) if any(ctx.needs_input_grad) and keeps_weights(block) else None)
+        kept: list[Tensor | None] = []
+        told = segments, scaling, window, wanted, library
+        output = attend(query, key, value, kept if any(ctx.needs_input_grad) else None, *told)
         ctx.save_for_backward(query, key, value, *kept)
-        ctx.segments, ctx.scaling, ctx.window, ctx.wanted, ctx.library = segments, scaling, window, wanted, library
-        return _positions(output.to(query.dtype), group)
+        ctx.told = told
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Gradients of query, key and value."""
         query, key, value, *kept = ctx.saved_tensors
-        group = query.shape[1] // key.shape[1]
-        half = query.dtype != torch.float32
-        spare = FILLED if half or ctx.library == ONEDNN else 0
-        scaled = _rows(query.float(), group, spare).mul_(ctx.scaling)
-        grads = _rows(grad_output.transpose(1, 2), group, spare)
-        queries = _rows(query, group, spare) if half else scaled  # scaled ones would be rounded once more
-        make = query.new_empty if ctx.wanted is None else query.new_zeros
-        grad_queries = make(len(scaled), query.shape[2] * group, query.shape[3])
-        grad_key, grad_value = (torch.zeros_like(states, dtype=torch.float32) for states in (key, value))
-        keys, values = _spared(key, spare), _spared(value, spare)
-        for block, weights in zip(query_blocks(ctx.segments, ctx.wanted), kept, strict=True):
-            rows, by = slice(block.start * group, block.end * group), _by(ctx.library, block, scaled, group)
-            if weights is None:
-                weights = _weights(scaled, keys, block, group, ctx.window, by)
-            own, wide, fill = _widened(block, group, ONEDNN if half else by)
-            # what is filled up meets the neighbours' rows and keys, with weights of zero
-            weights = _filled(weights.to(query.dtype), fill)
-            grad, seen = grads[:, own], visible_states(keys, wide)
-            grad_weights = _product(grad, visible_states(values, wide).mT, by)
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grad_queries[:, rows] = _product(grad_scores, seen, by)[:, : rows.stop - rows.start]
-            _add(grad_key[0], block, _product(grad_scores.mT, queries[:, own], by))
-            _add(grad_value[0], block, _product(weights.mT, grad, by))
-        if half:
-            grad_key.mul_(ctx.scaling)
-        grad_query = _positions(grad_queries.mul_(ctx.scaling), group).transpose(1, 2)
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), *[None] * 5
+        return *attend_back(grad_output, query, key, value, kept, *ctx.told), *[None] * 5
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kept: list[Tensor | None] | None,
+    segments: Sequence[PairSegment],
+    scaling: float,
+    window: int | None,
+    wanted: Sequence[int] | None,
+    library: str = TORCH,
+) -> Tensor:
+    """Outputs [1, T, heads, head_dim] of `CpuPairAttention`; each block's softmax, or None, is added to `kept`."""
+    group = query.shape[1] // key.shape[1]
+    spare = FILLED if library == ONEDNN else 0
+    queries = _rows(query.float(), group, spare).mul_(scaling)
+    keys, values = _spared(key.float(), spare), _spared(value.float(), spare)
+    make = queries.new_empty if wanted is None else queries.new_zeros
+    output = make(len(queries), query.shape[2] * group, value.shape[3])
+    for block in query_blocks(segments, wanted):
+        rows, by = slice(block.start * group, block.end * group), _by(library, block, queries, group)
+        weights = _weights(queries, keys, block, group, window, by)
+        _, wide, fill = _widened(block, group, by)
+        outputs = batched_product(_filled(weights, fill), visible_states(values, wide), by)
+        output[:, rows] = outputs[:, : weights.shape[1]]
+        if kept is not None:
+            kept.append(weights.to(query.dtype) if keeps_weights(block) else None)
+    return _positions(output.to(query.dtype), group)
+
+
+def attend_back(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kept: Sequence[Tensor | None],
+    segments: Sequence[PairSegment],
+    scaling: float,
+    window: int | None,
+    wanted: Sequence[int] | None,
+    library: str = TORCH,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value from that of `attend`'s outputs and what it kept."""
+    group = query.shape[1] // key.shape[1]
+    half = query.dtype != torch.float32
+    spare = FILLED if half or library == ONEDNN else 0
+    scaled = _rows(query.float(), group, spare).mul_(scaling)
+    grads = _rows(grad_output.transpose(1, 2), group, spare)
+    queries = _rows(query, group, spare) if half else scaled  # scaled ones would be rounded once more
+    make = query.new_empty if wanted is None else query.new_zeros
+    grad_queries = make(len(scaled), query.shape[2] * group, query.shape[3])
+    grad_key, grad_value = (torch.zeros_like(states, dtype=torch.float32) for states in (key, value))
+    keys, values = _spared(key, spare), _spared(value, spare)
+    for block, weights in zip(query_blocks(segments, wanted), kept, strict=True):
+        rows, by = slice(block.start * group, block.end * group), _by(library, block, scaled, group)
+        if weights is None:
+            weights = _weights(scaled, keys, block, group, window, by)
+        own, wide, fill = _widened(block, group, ONEDNN if half else by)
+        # what is filled up meets the neighbours' rows and keys, with weights of zero
+        weights = _filled(weights.to(query.dtype), fill)
+        grad, seen = grads[:, own], visible_states(keys, wide)
+        grad_weights = batched_product(grad, visible_states(values, wide).mT, by)
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+        grad_queries[:, rows] = batched_product(grad_scores, seen, by)[:, : rows.stop - rows.start]
+        _add(grad_key[0], block, batched_product(grad_scores.mT, queries[:, own], by))
+        _add(grad_value[0], block, batched_product(weights.mT, grad, by))
+    if half:
+        grad_key.mul_(scaling)
+    grad_query = _positions(grad_queries.mul_(scaling), group).transpose(1, 2)
+    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
 def query_blocks(segments: Sequence[PairSegment], wanted: Sequence[int] | None = None) -> Iterator[QueryBlock]:
@@ -183,39 +217,15 @@ def _weights(queries: Tensor, keys: Tensor, block: QueryBlock, group: int, windo
     """softmax(Q K^T + mask) [key heads, rows, K] of a block, from the scaled queries and the keys of the whole row."""
     count = block.end - block.start
     rows, wide, _ = _widened(block, group, by)
-    scores = _product(queries[:, rows], visible_states(keys, wide).float().mT, by)[:, : count * group, : block.keys]
+    scores = batched_product(queries[:, rows], visible_states(keys, wide).float().mT, by)[
+        :, : count * group, : block.keys
+    ]
     if window is None or window >= block.keys:  # every query sees all that lies before its block
         hidden = _upper_triangle(count)
     else:
         hidden = banded_mask(count, block.keys, window, scores.dtype, scores.device)
     scores.unflatten(1, (count, -1))[..., -hidden.shape[1] :] += hidden[:, None]
     return scores.softmax(dim=-1)
-
-
-def _product(left: Tensor, right: Tensor, by: str) -> Tensor:
-    """left @ right of [key heads, rows, n] and [key heads, n, columns]; those of fp32 by a library.
-
-    MKL, torch's for fp32, gives whole products of a batch to threads. Those that do not divide evenly are made one by
-    one, each by all threads: three products on two threads take a quarter less time.
-    """
-    if left.dtype != torch.float32:
-        return torch.bmm(_whole(left), _whole(right))
-    if by == ONEDNN:
-        return torch.stack([product(*factors) for factors in zip(left, right.mT, strict=True)])
-    count, threads = len(left), torch.get_num_threads()
-    even = count - count % threads
-    if even in (0, count):
-        return torch.bmm(left, right)
-    output = left.new_empty(count, left.shape[1], right.shape[2])
-    torch.bmm(left[:even], right[:even], out=output[:even])
-    for index in range(even, count):
-        torch.mm(left[index], right[index], out=output[index])
-    return output
-
-
-def _whole(factor: Tensor) -> Tensor:
-    """Without the strides of a longer row, which would make another shape of it to oneDNN."""
-    return factor if factor.is_contiguous() or factor.mT.is_contiguous() else factor.contiguous()
 
 
 @lru_cache(maxsize=BLOCK)

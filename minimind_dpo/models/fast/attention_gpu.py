@@ -168,7 +168,7 @@ class _VarlenAttention(torch.autograd.Function):
     ) -> Tensor:
         repeats = query.shape[1] // key.shape[1] if kernel.repeats_keys else 1
         queries = query[0].transpose(0, 1)
-        keys, values = (_gathered(states, scores.plan.key_index, repeats) for states in (key, value))
+        keys, values = (gathered(states, scores.plan.key_index, repeats) for states in (key, value))
         output, *kept = kernel.forward(queries, keys, values, scores)
         ctx.save_for_backward(queries, keys, values, output, *kept)
         ctx.kernel, ctx.scores, ctx.repeats = kernel, scores, repeats
@@ -182,20 +182,20 @@ class _VarlenAttention(torch.autograd.Function):
         index, length = ctx.scores.plan.key_index, len(queries)
         return (
             grad_query.transpose(0, 1)[None],
-            *(_added_up(g, index, length, ctx.repeats) for g in gradients),
+            *(added_up(g, index, length, ctx.repeats) for g in gradients),
             None,
             None,
         )
 
 
-def _gathered(states: Tensor, index: Tensor, repeats: int) -> Tensor:
+def gathered(states: Tensor, index: Tensor, repeats: int) -> Tensor:
     """[K, heads x repeats, D] of states [1, heads, T, D] at the positions `index` [K]."""
     rows = states[0].transpose(0, 1).index_select(0, index)
     return rows if repeats == 1 else rows[:, :, None].expand(-1, -1, repeats, -1).flatten(1, 2)
 
 
-def _added_up(grad: Tensor, index: Tensor, length: int, repeats: int) -> Tensor:
-    """[1, heads, T, D] of gradients [K, heads x repeats, D] of what `_gathered` gave."""
+def added_up(grad: Tensor, index: Tensor, length: int, repeats: int) -> Tensor:
+    """[1, heads, T, D] of gradients [K, heads x repeats, D] of what `gathered` gave."""
     rows = grad if repeats == 1 else grad.unflatten(1, (-1, repeats)).sum(dim=2)
     return rows.new_zeros(length, *rows.shape[1:]).index_add_(0, index, rows).transpose(0, 1)[None]
 

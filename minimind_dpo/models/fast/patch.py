@@ -62,6 +62,8 @@ class Patch:
         layers = getattr(self.decoder, "layers", None)
         self.length_dependent = length_dependent(model)
         self._last_layer = layers[-1] if layers else None
+        self._rows = _Rows()
+        self._on_rows: dict[nn.Module, tuple[Callable[..., Any], Callable[..., Any]]] = {}
 
     def applied(
         self,
@@ -107,6 +109,7 @@ class Patch:
         Past the last attention no token looks at another, so rows without a logit are of no use; left out they count
         0. The keys and values of the last layer are made of all rows.
         """
+        yield self._rows, "positions", wanted
         if hasattr(layer, "self_attn"):
             yield layer.self_attn, "wanted_rows", wanted
         for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp"):
@@ -115,7 +118,10 @@ class Patch:
             except AttributeError:
                 continue
             forward = self._fused[module] if module in self._fused and _is_own(module) else _forward(module)
-            yield module, _forward_name(module), partial(_on_rows, wanted, forward)
+            if module not in self._on_rows or self._on_rows[module][0] != forward:
+                # kept: to a compiled decoder another object is another program
+                self._on_rows[module] = forward, partial(_on_rows, self._rows, forward)
+            yield module, _forward_name(module), self._on_rows[module][1]
 
     def _checkpointing(self, changes: list[Change]) -> Iterator[Change]:
         """Have transformers' activation checkpointing make these changes around whatever it runs again."""
@@ -173,8 +179,15 @@ def _config(module: nn.Module) -> PreTrainedConfig | None:
     return config if isinstance(config, PreTrainedConfig) else None
 
 
-def _on_rows(positions: Tensor, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`forward` of the rows of x [..., D] at `positions` [S], 0 elsewhere."""
+class _Rows:
+    """Which rows the last layer is for, while a batch is scored: `positions` [S]."""
+
+    positions: Tensor
+
+
+def _on_rows(wanted: _Rows, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`forward` of the wanted rows of x [..., D], 0 elsewhere."""
+    positions = wanted.positions
     rows = forward(x.flatten(0, -2)[positions][None])[0]
     output = rows.new_zeros(x.shape[:-1].numel(), rows.shape[-1])
     # unlike index_copy this keeps no copy of `rows` for the backward pass
