@@ -48,8 +48,7 @@ def pair_attention(
     """Attend within each packed pair.
 
     Args:
-        module: the model's attention module; its `wanted_rows` (`models/fast/patch.py`), if it has them, say whose
-            outputs are used: the CPU computes no others, which become 0 or anything.
+        module: of the model; its `wanted_rows` (`models/fast/patch.py`), if any, say whose outputs are used.
         query: [1, heads, T, head_dim].
         key: [1, key/value heads, T, head_dim]; `value` likewise.
         attention_mask: None for packed rows.
@@ -71,18 +70,16 @@ def pair_attention(
         raise NotImplementedError("soft-capped scores and attention sinks have no packed form")
     if row_plan is not None:
         return _planned(module, (query, key, value), row_plan, scaling, sliding_window, dropout), None
-    if pair_segments is None:
-        raise NotImplementedError("the model does not tell its attention where the pairs lie")
-    segments = tuple(pair_segments)
-    _check_row(query, key, value, segments[-1].start + segments[-1].length)
+    segments = _checked(query, key, value, pair_segments)
     query, key, value = autocast(query, key, value)
     if query.device.type == "cpu" and not dropout and not transfer.on_gpu(query):
         return _cpu_attention(module, (query, key, value), segments, scaling, sliding_window), None
+    output = None
     if branch_plan is not None and not dropout:
         output = _gpu_attention(query, key, value, branch_plan, scaling, sliding_window)
-        if output is not None:
-            return output, None
-    return sdpa_attention(query, key, value, segments, scaling, sliding_window, dropout), None
+    if output is None:
+        output = sdpa_attention(query, key, value, segments, scaling, sliding_window, dropout)
+    return output, None
 
 
 @cache
@@ -128,10 +125,17 @@ def _cpu_attention(module: nn.Module, states: tuple[Tensor, ...], *arguments: An
         return CpuPairAttention.apply(*states, *arguments, wanted).to(dtype)
 
 
-def _check_row(query: Tensor, key: Tensor, value: Tensor, length: int) -> None:
-    """Refuse states that are not those of one row of `length` positions."""
+def _checked(
+    query: Tensor, key: Tensor, value: Tensor, pair_segments: Sequence[PairSegment] | None
+) -> tuple[PairSegment, ...]:
+    """The pairs; refused without them, as are states that are not those of their one row."""
+    if pair_segments is None:
+        raise NotImplementedError("the model does not tell its attention where the pairs lie")
+    segments = tuple(pair_segments)
+    length = segments[-1].start + segments[-1].length
     if not query.shape[::2] == key.shape[::2] == value.shape[::2] == (1, length):
         raise NotImplementedError(f"queries {list(query.shape)} and keys {list(key.shape)} are not one row of {length}")
+    return segments
 
 
 def _mask(query: Tensor, key: Tensor, window: int | None) -> Tensor | None:
