@@ -19,6 +19,7 @@ HALF = [name for name in NAMES if "fp32" not in name]
 
 # Kernels at most, a forward and backward pass of one micro-batch, whatever its pairs.
 BUDGETS = {"26m bf16 4": 800, "26m bf16 32": 800, "26m fp32 32": 2500}
+DISPATCHES = 7000  # at most, views and allocations among them: each takes some time of the host's
 
 
 @pytest.fixture
@@ -39,6 +40,7 @@ def test_nothing_waits(step: dict[str, Any], name: str) -> None:
 @pytest.mark.parametrize("name", BUDGETS)
 def test_kernels_are_few(step: dict[str, Any], name: str) -> None:
     assert step["kernels"] <= BUDGETS[name], step["by_kernel"]
+    assert step["dispatches"] <= DISPATCHES
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -50,8 +50,7 @@ def pair_attention(
     """Attend within each packed pair.
 
     Args:
-        module: the model's attention module; its `wanted_rows` (`models/fast/patch.py`), if it has them, say whose
-            outputs are used: the CPU computes no others, which become 0 or anything.
+        module: of the model; its `wanted_rows` (`models/fast/patch.py`), if any, say whose outputs are used.
         query: [1, heads, T, head_dim].
         key: [1, key/value heads, T, head_dim]; `value` likewise.
         attention_mask: None for packed rows.
@@ -78,11 +77,12 @@ def pair_attention(
     query, key, value = autocast(query, key, value)
     if query.device.type == "cpu" and not dropout and not transfer.on_gpu(query):
         return _cpu_attention(module, (query, key, value), library, segments, scaling, sliding_window), None
+    output = None
     if branch_plan is not None and not dropout:
         output = _gpu_attention(query, key, value, branch_plan, scaling, sliding_window)
-        if output is not None:
-            return output, None
-    return sdpa_attention(query, key, value, segments, scaling, sliding_window, dropout), None
+    if output is None:
+        output = sdpa_attention(query, key, value, segments, scaling, sliding_window, dropout)
+    return output, None
 
 
 @cache

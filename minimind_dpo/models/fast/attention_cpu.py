@@ -217,9 +217,8 @@ def _weights(queries: Tensor, keys: Tensor, block: QueryBlock, group: int, windo
     """softmax(Q K^T + mask) [key heads, rows, K] of a block, from the scaled queries and the keys of the whole row."""
     count = block.end - block.start
     rows, wide, _ = _widened(block, group, by)
-    scores = batched_product(queries[:, rows], visible_states(keys, wide).float().mT, by)[
-        :, : count * group, : block.keys
-    ]
+    whole = batched_product(queries[:, rows], visible_states(keys, wide).float().mT, by)
+    scores = whole[:, : count * group, : block.keys]
     if window is None or window >= block.keys:  # every query sees all that lies before its block
         hidden = _upper_triangle(count)
     else:
