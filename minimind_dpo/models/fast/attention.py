@@ -77,9 +77,8 @@ def pair_attention(
     query, key, value = autocast(query, key, value)
     if query.device.type == "cpu" and not dropout and not transfer.on_gpu(query):
         return _cpu_attention(module, (query, key, value), library, segments, scaling, sliding_window), None
-    output = None
-    if branch_plan is not None and not dropout:
-        output = _gpu_attention(query, key, value, branch_plan, scaling, sliding_window)
+    told = scaling, sliding_window
+    output = None if branch_plan is None or dropout else _gpu_attention(query, key, value, branch_plan, *told)
     if output is None:
         output = sdpa_attention(query, key, value, segments, scaling, sliding_window, dropout)
     return output, None
