@@ -38,6 +38,21 @@ def note_base(model: PreTrainedModel, base: AdapterBase) -> None:
     setattr(model.peft_config[ADAPTER], _NOTED, base)
 
 
+def check_base(model: PreTrainedModel, directory: Path) -> None:
+    """Refuse to put a checkpoint's matrices beside another base; one without a note is taken at its word.
+
+    Raises:
+        UserError: they were trained beside other weights than those of `model`.
+    """
+    now, then = getattr(model.peft_config[ADAPTER], _NOTED, None), read_base(directory)
+    if now is None or then is None or then.digest in (None, now.digest):
+        return
+    raise UserError(
+        f"model_name_or_path: the LoRA matrices of {directory} were trained beside other weights than "
+        f"{model.peft_config[ADAPTER].base_model_name_or_path} has now. Bring those back, or choose another output_dir"
+    )
+
+
 def write_base(model: PreTrainedModel, directory: Path) -> None:
     """Write what `note_base` kept beside the matrices' configuration."""
     base = getattr(model.peft_config[ADAPTER], _NOTED, None)

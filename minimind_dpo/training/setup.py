@@ -18,8 +18,8 @@ from minimind_dpo.engine.optimizers import make_optimizer
 from minimind_dpo.engine.protocol import Engine, unwrap
 from minimind_dpo.engine.ranks import decide, stop_together
 from minimind_dpo.errors import UserError
-from minimind_dpo.models.adapters import add_adapters
-from minimind_dpo.models.bases import AdapterBase, note_base
+from minimind_dpo.models.adapters import add_adapters, has_adapters
+from minimind_dpo.models.bases import AdapterBase, check_base, note_base
 from minimind_dpo.models.digest import weights_digest
 from minimind_dpo.models.dropout import set_dropout
 from minimind_dpo.models.fast.compiling import CompiledDecoder
@@ -66,7 +66,7 @@ def build_run(config: TrainConfig, engine: Engine, checkpoint: Path | None, stop
     loaded = load_reference(config, engine, policy, load_configured, single_pass=data.is_single_pass())
     known = _known(config, (policy, loaded.model), tokenizer, data)
     state = _state(config, engine, data, known | {"dtype": dtype, "reference_digest": loaded.digest}, checkpoint)
-    scorer = _trainable(config, policy, dtype)
+    scorer = _trainable(config, policy, dtype, checkpoint)
     introduce(config, engine, policy, data, state)
     trained = (parameter for parameter in scorer.parameters() if parameter.requires_grad)
     optimizer = make_optimizer(trained, config.learning_rate, config.weight_decay, config.optim)
@@ -179,7 +179,7 @@ def _state(
     return dataclasses.replace(saved, total_steps=data.steps, identity=saved.identity | now)
 
 
-def _trainable(config: TrainConfig, policy: PreTrainedModel, dtype: str) -> PairScorer:
+def _trainable(config: TrainConfig, policy: PreTrainedModel, dtype: str, checkpoint: Path | None) -> PairScorer:
     """The policy's scorer in training mode, with what is trained and what is not."""
     if configured := set_dropout(policy, config.dropout):
         own = ", ".join(f"{name} {value:g}" for name, value in configured.items())
@@ -200,6 +200,8 @@ def _trainable(config: TrainConfig, policy: PreTrainedModel, dtype: str) -> Pair
             use_rslora=config.use_rslora,
         )
         note_base(policy, base)
+    if checkpoint is not None and has_adapters(policy):
+        check_base(policy, checkpoint)
     if config.gradient_checkpointing:
         policy.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return PairScorer(policy.train(), config.matmul)
