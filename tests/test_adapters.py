@@ -10,7 +10,7 @@ from helpers_data import tiny_tokenizer
 from helpers_model import VOCAB, tiny_model
 from helpers_run import Inputs, train_here, train_lines
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from minimind_dpo.errors import TrainingError, UserError
 from minimind_dpo.models import load_model
@@ -102,6 +102,7 @@ def test_every_kind_of_layer_merges_on_disk_in_place_and_opens_in_peft(
     torch.testing.assert_close(
         logits_of(PeftModel.from_pretrained(base, tmp_path / "adapter").eval()), expected, **near
     )
+    torch.testing.assert_close(logits_of(load_model(tmp_path / "adapter")), expected, **near)
     merge_adapters(model)
     torch.testing.assert_close(logits_of(model), expected, **near)
     unties = bool({"lm_head", "embed_tokens", "wte"} & set(options.get("target_modules", [])))
@@ -197,6 +198,15 @@ def test_what_cannot_be_merged_is_refused_at_start(kind: str, options: dict[str,
         add_adapters(model_of(kind), **settings | options)
 
 
+def test_an_embedding_with_a_forward_pass_of_its_own_is_refused() -> None:
+    """OPT looks up other positions than it is handed."""
+    sizes = {"hidden_size": 8, "word_embed_proj_dim": 8, "ffn_dim": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = OPTForCausalLM(OPTConfig(vocab_size=VOCAB, max_position_embeddings=16, **sizes))
+    settings: dict[str, Any] = {"r": 2, "alpha": 4, "dropout": 0.0, "base": "b", "seed": 0}
+    with pytest.raises(UserError, match="embed_positions .OPTLearnedPositionalEmbedding. could not be merged"):
+        add_adapters(model, target_modules=["embed_positions"], **settings)
+
+
 @pytest.mark.parametrize("lora", [{}, {"lora_r": 3}])
 def test_an_adapter_directory_is_a_policy_and_its_own_reference(
     tmp_path: Path, inputs: Inputs, lora: dict[str, int]
@@ -241,6 +251,8 @@ def test_a_damaged_adapter_is_refused(tmp_path: Path, inputs: Inputs, caplog: py
 def test_another_base_than_the_matrices_were_trained_beside(tmp_path: Path, inputs: Inputs) -> None:
     own = inputs_with(tmp_path, inputs, "llama")
     assert train_here(own.flags(tmp_path / "run", lora_r=2, max_steps=1, save_steps=1)) == 0
+    free = {"lora_r": 2, "loss_type": "simpo", "save_steps": 1}  # without a reference, whose digest would tell
+    assert train_here(own.flags(tmp_path / "free", max_steps=1, **free)) == 0
     changed = load_model(own.model)
     with torch.no_grad():
         next(changed.parameters()).add_(1e-3)
@@ -248,6 +260,8 @@ def test_another_base_than_the_matrices_were_trained_beside(tmp_path: Path, inpu
     for place in ("adapter", "checkpoints/step-000001"):
         with pytest.raises(UserError, match="trained beside other weights"):
             load_model(tmp_path / "run" / place)
+    with pytest.raises(UserError, match="model_name_or_path: .* trained beside other weights than"):
+        train_here(own.flags(tmp_path / "free", max_steps=2, **free))
 
 
 def test_checkpoints_beside_raw_weights_open_with_their_heads(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from minimind_dpo.checkpoints.files import FragmentReader
@@ -15,6 +16,7 @@ from minimind_dpo.errors import UserError
 
 ADAPTER = "default"
 # peft's classes whose matrices add to one weight of the layer they stand beside
+_LENGTHS = "lora_magnitude_vector"  # DoRA's, by peft's name
 _MERGEABLE = ("Linear", "Linear4bit", "Embedding", "Conv1d", "Conv2d", "Conv3d", "ParamWrapper")
 
 
@@ -74,13 +76,24 @@ def _check_mergeable(model: PreTrainedModel) -> None:
     wrong = [
         f"{name} ({type(module.get_base_layer()).__name__})"
         for name, module in lora_layers(model)
-        if type(module).__name__ not in _MERGEABLE or module.lora_bias[ADAPTER]
+        if type(module).__name__ not in _MERGEABLE
+        or module.lora_bias[ADAPTER]
+        or _computes_more(module.get_base_layer())
     ]
     if wrong:
         raise UserError(
             f"lora_target_modules: LoRA matrices beside {', '.join(wrong)} could not be merged into model/ at the end. "
             "Name linear layers, embeddings or experts."
         )
+
+
+def _computes_more(layer: nn.Module) -> bool:
+    """Whether a kind of embedding does more than look its rows up: OPT's positions, beside which LoRA's are others.
+
+    A scale, which Gemma 3 has, peft applies too.
+    """
+    is_own = isinstance(layer, nn.Embedding) and type(layer).forward is not nn.Embedding.forward
+    return is_own and not hasattr(layer, "embed_scale")
 
 
 def _widen(model: PreTrainedModel) -> None:
@@ -134,11 +147,27 @@ def attach_adapter(model: PreTrainedModel, directory: Path) -> None:
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(f"{directory}: this adapter cannot be put beside its base: {error}") from None
     model._weight_conversions = layout_on_disk  # of the base; it has the adapter file's now
-    wrong = [*info.missing_keys, *(key for key in info.unexpected_keys if "base_layer" not in key)]
-    if wrong or info.mismatched_keys:
-        raise UserError(f"{directory}: this adapter does not fit its base: {sorted(map(str, wrong))[:6]}")
     _check_mergeable(model)
     _widen(model)
+    absent = _read_again(model, directory)
+    named = [*info.missing_keys, *(key for key in info.unexpected_keys if "base_layer" not in key)]
+    wrong = absent + [key for key in map(str, named) if _LENGTHS not in key]
+    if wrong or info.mismatched_keys:
+        raise UserError(f"{directory}: this adapter does not fit its base: {sorted(wrong)[:6]}")
+
+
+def _read_again(model: PreTrainedModel, directory: Path) -> list[str]:
+    """Take the values of an adapter's file as they are; the names of DoRA's lengths that are not in it.
+
+    transformers rounds them to the base's type, and does not find those of DoRA.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict  # late: see above
+
+    values = load_peft_weights(str(directory), device="cpu")
+    plain = {name.removeprefix("base_model.model."): value for name, value in values.items()}
+    with gathered([parameter for name, parameter in model.named_parameters() if is_lora(name)], modify=True):
+        found = set_peft_model_state_dict(model, plain, adapter_name=ADAPTER)
+    return [name for name in found.missing_keys if _LENGTHS in name]
 
 
 @torch.no_grad()
