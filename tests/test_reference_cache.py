@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from itertools import count
@@ -226,6 +227,27 @@ def test_a_damaged_file_is_computed_again(
     assert len(caplog.records) == 1
     assert ("is missing in" if kind == "gone" else "is damaged: ") in caplog.text
     assert contents(tmp_path, rows) == before
+
+
+def test_a_file_of_another_reference_is_none_of_this_one(
+    tmp_path: Path, scorer: Scorer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same pairs, whole to the last byte, beside the markers of their own reference or without any."""
+    rows, other = needed(make_data()), Scorer()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    fill(tmp_path / "one", scorer, rows)
+    fill(tmp_path / "two", other, rows)
+    before = contents(tmp_path / "one", rows)
+    assert before != contents(tmp_path / "two", rows)
+    for path in [*files(tmp_path / "one", "merged"), *(tmp_path / "one" / "complete").iterdir()]:
+        path.unlink()
+    for path in files(tmp_path / "two", "merged"):
+        shutil.copy(path, tmp_path / "one")
+    assert fill(tmp_path / "one", scorer, rows) == PAIRS
+    assert "it is of another reference, two" in caplog.text
+    assert contents(tmp_path / "one", rows) == before
 
 
 def test_a_flipped_bit_costs_its_chunk(tmp_path: Path, scorer: Scorer, caplog: pytest.LogCaptureFixture) -> None:

@@ -167,8 +167,8 @@ class ReferenceCache:
             intact = f"{len(rows)} of its {len(file.keys)} pairs are intact"
         except (FileNotFoundError, PermissionError):  # another run has merged or mended it; or it is another user's
             return
-        except Exception:  # whatever a library makes of bytes that were never written
-            intact = "none of its pairs can be read"
+        except Exception as error:  # whatever a library makes of bytes that were never written
+            intact = f"none of its pairs can be read ({error})"
         logger.warning("reference cache: %s is damaged: %s, the others will be computed again", path, intact)
         if rows:
             write_logps(self.directory, kind, file.keys[rows], [file.values(row) for row in rows])

@@ -1,6 +1,7 @@
 """One file of reference log-probabilities: named by the checksum of its content, and with one for every pair in it.
 
-The first tells at once whether a file is what was written; the second, in one that is not, which pairs still are.
+The first tells at once whether a file is what was written; the second, in one that is not, which pairs still are. A
+file also names its directory, which is that of one reference: moved to another's it is not taken for its values.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from minimind_dpo.data.cache import CACHE_VARIABLE
 from minimind_dpo.files import aside, checksum, put_in_place, sync, writing
 
 _SCHEMA = pa.schema([("key", pa.binary(16)), ("logps", pa.list_(pa.float32())), ("checksum", pa.uint64())])
+_OF = b"directory"  # files of before have no such note
 KEY = "S16"  # numpy orders and compares these; it ignores trailing zeros, alike on both sides
 
 
@@ -28,12 +30,14 @@ class LogpsFile:
 
         Raises:
             OSError: it can't be read.
-            ValueError: it is no such file.
+            ValueError: it is no such file, or one of another reference.
         """
         self._path = path
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         if not reader.schema.equals(_SCHEMA):
             raise ValueError(f"{path} holds something else")
+        if (of := (reader.schema.metadata or {}).get(_OF, b"").decode()) not in ("", path.parent.name):
+            raise ValueError(f"it is of another reference, {of}")
         batch = reader.get_batch(0)
         if not whole:
             batch.validate(full=True)
@@ -65,10 +69,10 @@ class LogpsFile:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file is there and is what was written."""
+    """Whether a file is there, is what was written, and where."""
     try:
-        return path.stem.rpartition("-")[2] == checksum(path)
-    except OSError:
+        return path.stem.rpartition("-")[2] == checksum(path) and LogpsFile(path) is not None
+    except (OSError, ValueError):
         return False
 
 
@@ -96,9 +100,10 @@ def write_logps(directory: Path, kind: str, keys: np.ndarray, logps: Sequence[np
         pa.ListArray.from_arrays(offsets, values),
         pa.array(checksums, pa.uint64()),
     ]
+    schema = _SCHEMA.with_metadata({_OF: directory.name})
     with writing(directory, CACHE_VARIABLE), aside(directory / f"{kind}.arrow") as new:
-        with pa.OSFile(str(new), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
-            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=_SCHEMA))
+        with pa.OSFile(str(new), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
         sync(new)
         final = directory / f"{kind}-{checksum(new)}.arrow"
         put_in_place(new, final)
