@@ -69,10 +69,10 @@ class Findings(NamedTuple):
 
 
 def nothing_learned(found: Findings) -> str | None:
-    """The margin has not left 0."""
+    """The margin has not left 0 by a tenth of a nat."""
     margin = found.stretches[-1].mean("rewards/margins")
     long_enough = found.step >= (_LEAST_STEPS // 2 if found.at_end else _MOST_STEPS)
-    if margin > 0.01 or not found.summed_rates or not long_enough:
+    if abs(margin) > 0.1 * found.config.beta or not found.summed_rates or not long_enough:
         return None
     loss = found.stretches[-1].mean("dpo_loss")
     return (
@@ -99,11 +99,17 @@ def chosen_falls(found: Findings) -> str | None:
     )
 
 
+_LEAST_AT_CERTAINTY = {"sigmoid", "sigmoid_norm", "hinge"}  # losses that are at their least for pairs told apart
+
+
 def memorised(found: Findings) -> str | None:
     """Every pair of the training data is told apart with certainty."""
     now = found.stretches[-1]
     accuracy, loss = now.mean("rewards/accuracies"), now.mean("dpo_loss")
-    if accuracy < 0.99 or loss > 0.02 or not {*found.config.loss_type} <= {"sigmoid", "sigmoid_norm"}:
+    flipped = found.config.label_smoothing
+    # the least that a pair can cost: with smoothing the entropy of whether it was flipped
+    least = -sum(share * math.log(share) for share in (flipped, 1 - flipped) if 0 < share < 1)
+    if accuracy < 0.99 or loss > least + 0.02 or not {*found.config.loss_type} <= _LEAST_AT_CERTAINTY:
         return None
     return (
         f"accuracy {accuracy:.2f} at a loss of {loss:.4f}: the training pairs are known by heart, or told apart by "
