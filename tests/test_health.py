@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers_data import write_jsonl
 from helpers_forks import Forks
-from helpers_run import WORDS, Inputs, lines, train_here, train_lines, weights
+from helpers_run import REPOSITORY, WORDS, Inputs, lines, train_here, train_lines, weights
 
 from minimind_dpo.checkpoints.files import FragmentReader
 from minimind_dpo.demo.run import ASSETS
@@ -231,3 +231,8 @@ def test_skips_are_remembered_over_a_resume(inputs: Inputs, tmp_path: Path) -> N
     newest.rename(tmp_path / "aside")
     train_here(inputs.flags(tmp_path / "run", **options))
     assert lines(tmp_path / "run")[-1]["skipped_steps"] == 1
+
+
+def test_each_warning_is_in_the_docs() -> None:
+    text = (REPOSITORY / "docs" / "health.md").read_text("utf-8")
+    assert [part for part in WARNED if part not in text] == []
