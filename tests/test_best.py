@@ -117,8 +117,8 @@ def test_evaluations_are_told(inputs: Inputs, tmp_path: Path, caplog: pytest.Log
     assert (
         f"loss {values[3]['eval_loss']:.4f}, rewards/accuracies {values[3]['eval_rewards/accuracies']:.1%}" in told[1]
     )
-    end = [record.getMessage() for record in caplog.records][-8:]
-    assert end[0] == "held-out pairs, before -> after:"
-    assert end[1].split() == ["loss", "0.6931", "->", f"{values[6]['eval_loss']:.4f}"]
-    assert end[-2] == f"best by eval_loss: {values[6]['eval_loss']:.4g} at step 6, which model/ is of"
-    assert end[-1].startswith("done: 6 steps, 42 pairs")
+    end = [record.getMessage().strip() for record in caplog.records]
+    end = end[next(place for place, line in enumerate(end) if line.startswith("done: 6 steps, 42 pairs")) :]
+    at = end.index("held-out pairs, before -> after:")
+    assert end[at + 1].split() == ["loss", "0.6931", "->", f"{values[6]['eval_loss']:.4f}"]
+    assert end[at + 6] == f"best by eval_loss: {values[6]['eval_loss']:.4g} at step 6, which model/ is of"
