@@ -23,14 +23,16 @@ def run_report(argv: list[str]) -> int:
         description="Write the page of a run anew, RUN/report.html, or one page that compares several runs.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="output_dir of a training run, finished or not")
-    parser.add_argument("--output", default="comparison.html", help="file for the comparison (default comparison.html)")
+    parser.add_argument(
+        "--output", metavar="FILE", help="the page (default: RUN/report.html, or comparison.html here for several)"
+    )
     options = parser.parse_args(argv)
     from minimind_dpo.files import writing  # late: --help answers at once
     from minimind_dpo.report.comparison import write_comparison  # late for the same reason
     from minimind_dpo.report.page import write_report  # late for the same reason
 
     runs = [Path(run) for run in options.runs]
-    path = runs[0] / "report.html" if len(runs) == 1 else Path(options.output)
+    path = Path(options.output or (runs[0] / "report.html" if len(runs) == 1 else "comparison.html"))
     with writing(path, "--output"):
-        print(f"wrote {write_report(runs[0]) if len(runs) == 1 else write_comparison(runs, path)}")
+        print(f"wrote {write_report(runs[0], path) if len(runs) == 1 else write_comparison(runs, path)}")
     return 0

@@ -135,8 +135,8 @@ def _of_success(found: Mapping[str, Curve], starts_at_ln2: bool, refers: bool) -
     )
     yield Chart(
         "Accuracy (share of pairs)",
-        "Pairs whose chosen answer is preferred: by reward, and by the model's own likelihood a token, which is what "
-        "replies follow. One half is chance.",
+        "Pairs whose chosen answer is preferred: by reward (a tie, as before the first step, counts 0), and by the "
+        "model's own likelihood a token, which is what replies follow. One half is chance.",
         lines_of(
             found,
             ("rewards/accuracies", "training: chosen reward higher", "blue"),

@@ -27,13 +27,14 @@ from minimind_dpo.report.facts import (
 from minimind_dpo.report.html import render
 from minimind_dpo.report.reading import Metrics, read_extra, read_metrics, read_settings
 from minimind_dpo.report.samples import STEPS, coloured, histograms, judged, live_replies
+from minimind_dpo.report.thinning import MOST
 
 _MOST_WARNINGS = 30
 _FEW = 5  # logged steps
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write `run_dir/report.html` and return its path.
+def write_report(run_dir: Path, path: Path | None = None) -> Path:
+    """Write a run's page to `path`, by default `run_dir/report.html`, and return where it is.
 
     `replies.jsonl` holds one object a line: "prompt", "before", "after", "before_ok", "after_ok"; `samples.jsonl` those
     made on the way: "step", "prompt", "reply".
@@ -45,10 +46,11 @@ def write_report(run_dir: Path) -> Path:
     metrics = read_metrics(run_dir)
     summary, config = read_settings(run_dir / "summary.json"), read_settings(run_dir / "config.yaml")
     replies = [row for name in ("replies.jsonl", "samples.jsonl") for row in read_extra(run_dir / name, "replies")]
+    figures = summary or metrics.evaluations()
     told, left = settings(config)
     parts: dict[str, Any] = {
         **_recorded(run_dir / "record", metrics),
-        "evaluation": [(name, cells) for name, *cells in evaluation_table(summary)],
+        "evaluation": [(name, cells) for name, *cells in evaluation_table(figures)],
         "judged": judged(replies),
         "live": live_replies(replies),
         "told": told,
@@ -59,14 +61,14 @@ def write_report(run_dir: Path) -> Path:
         run_charts(metrics, config),
         title=title_of(run_dir, config),
         finished=bool(summary),
-        headlines=headlines(summary, metrics.last, parts["judged"]),
+        headlines=headlines(figures, metrics.last, parts["judged"]),
         curve_note=_curve_note(metrics, config),
         before=before_note(config),
         token_steps=STEPS,
         sections=_sections(parts),
         **parts,
     )
-    path = run_dir / "report.html"
+    path = path or run_dir / "report.html"
     write_text(path, page)
     return path
 
@@ -105,7 +107,7 @@ def _recorded(record: Path, metrics: Metrics) -> dict[str, Any]:
             for name, rows in by_set.items()
         ],
         "pairs": [
-            pair | {side: coloured(pair[side]) for side in ("chosen", "rejected")}
+            pair | {"place": Path(pair["place"]).name} | {side: coloured(pair[side]) for side in ("chosen", "rejected")}
             for pair in read_extra(record / "pairs.jsonl", "pairs")
         ],
         "warnings": warnings,
@@ -124,12 +126,18 @@ def _by_set(rewards: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 def _length_row(group: dict[str, Any]) -> tuple[str, list[str]]:
     low, high = group["from"], group["to"]
-    name = f"{low:+d}" if low == high else f"{low:+d} to {high:+d}"
+    name = _signed(low) if low == high else f"{_signed(low)} to {_signed(high)}"
     return name, [number(group["pairs"]), percent(group["accuracy"]), f"{group['margin']:.3g}"]
+
+
+def _signed(tokens: int) -> str:
+    return f"{tokens:+d}".replace("-", "−") if tokens else "0"
 
 
 def _curve_note(metrics: Metrics, config: dict[str, Any]) -> str:
     """What to know of the curves before they are read."""
+    if (longest := max((len(curve.steps) for curve in metrics.curves.values()), default=0)) > MOST:
+        return f"Lines are means of {longest // MOST} logged steps or more, shaded from the lowest to the highest. "
     logged, every = len(metrics.curves["loss"].steps), config.get("logging_steps")
     few = (
         f"Only {logged} training step{'s were' if logged != 1 else ' was'} logged (logging_steps: {every}): a smaller "

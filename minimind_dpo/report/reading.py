@@ -52,6 +52,16 @@ class Metrics:
         if "loss" in line:
             self.last = line
 
+    def evaluations(self) -> dict[str, dict[str, float]]:
+        """As summary.json tells them: the first and the last one, of a run that has made two at least."""
+        evaluated = {name: curve for name, curve in self.curves.items() if name.startswith("eval_")}
+        if not any(len(curve.steps) > 1 for curve in evaluated.values()):
+            return {}
+        return {
+            key: {name: curve.values[place] for name, curve in evaluated.items() if len(curve.values)}
+            for key, place in (("eval_before", 0), ("eval_after", -1))
+        }
+
 
 def read_metrics(run_dir: Path) -> Metrics:
     """The metrics of a run.

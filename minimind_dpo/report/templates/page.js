@@ -11,12 +11,13 @@
   let range = whole;
   const plots = [];
 
-  const show = value => value == null ? "–" : Math.abs(value) >= 1e5 || (value !== 0 && Math.abs(value) < 1e-3)
-    ? value.toExponential(2) : String(Number(value.toPrecision(4)));
+  const show = value => value == null ? "–" : Math.abs(value) >= 1e6 || (value !== 0 && Math.abs(value) < 1e-3)
+    ? Number(value.toPrecision(3)).toExponential() : String(Number(value.toPrecision(4)));
 
-  function latest(values, place) {  // a curve's value where the cursor is, or at its last point before
-    while (place != null && place >= 0 && values[place] == null) place--;
-    return place == null || place < 0 ? null : values[place];
+  function latest(values, place) {  // a curve's value where the cursor is, or at its last point before; without one, the last
+    if (place == null) place = values.length - 1;
+    while (place >= 0 && values[place] == null) place--;
+    return place < 0 ? null : values[place];
   }
 
   function series(label, stroke, more) {
@@ -61,12 +62,12 @@
                   ticks: {stroke: () => tone("line"), width: 1, size: 5}};
     const plot = new uPlot({
       width: box.clientWidth, height: 220, bands,
-      cursor: {sync: {key: "steps"}, drag: {x: true, y: false, setScale: false, dist: 5}, points: {size: 7}},
+      cursor: {sync: {key: "steps"}, drag: {x: true, y: false, setScale: false, dist: 5}, points: {size: 7}, y: false},
       legend: {markers: {width: 2}},
       scales: {x: {time: false, range: () => range}, y: chart.limits ? {range: chart.limits} : {}},
       axes: [{...axis, label: "optimizer step", labelSize: 18, labelFont: "12px system-ui, sans-serif", size: 32},
              {...axis, size: 62, values: (_, ticks) => ticks.map(show)}],
-      series: [{label: "step", value: (_, value) => value == null ? "–" : show(value)}, ...lines],
+      series: [{label: "step", value: (plot, _, at, place) => String(latest(plot.data[0], place))}, ...lines],
       hooks: {setSelect: [plot => {
         if (plot.select.width > 0) zoom(plot.posToVal(plot.select.left, "x"), plot.posToVal(plot.select.left + plot.select.width, "x"));
         plot.setSelect({left: 0, top: 0, width: 0, height: 0}, false);
