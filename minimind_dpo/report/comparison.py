@@ -106,7 +106,7 @@ def _figures(runs: Sequence[_RunFiles]) -> list[tuple[str, list[str]]]:
 
 def charts(names: Sequence[str], metrics: Sequence[Metrics]) -> list[Chart]:
     """A chart for each metric that any run has, with one line a run."""
-    sets = held_out_sets(dict.fromkeys(name for run in metrics for name in run.curves))
+    sets = {prefix: name for run in metrics for prefix, name in held_out_sets(run.curves).items()}
     wanted = [
         (prefix + key.removeprefix("eval_"), f"{title} ({name})" if name else title, reading)
         for key, title, reading in _CHARTS
