@@ -17,6 +17,7 @@ VERBS = {
     "demo": ("minimind_dpo.demo.run", "run_demo", "train the embedded demo and show replies before and after"),
     "data inspect": ("minimind_dpo.data.inspect", "run_inspect", "show a pair as the model sees it"),
     "data check": ("minimind_dpo.data.check", "run_check", "find what is wrong with data before a run is spent on it"),
+    "report": ("minimind_dpo.report.command", "run_report", "write the page of a run, or compare several runs"),
     "export": ("minimind_dpo.export", "run_export", "write a model for transformers or for MiniMind"),
     "plan": ("minimind_dpo.planning.command", "run_plan", "predict the memory a run needs, and what fits"),
 }

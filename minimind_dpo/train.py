@@ -78,7 +78,7 @@ def run(config: TrainConfig, ends_process: bool = False, callbacks: Sequence[Cal
         checkpoint = on_main(engine, lambda: find_checkpoint(directory / "checkpoints", config.resume))
         training = build_run(config, engine, checkpoint, session.stop)
         log, begun = open_run(training, checkpoint is not None, callbacks), training.state.step
-        with StepProgress(training) as progress:
+        with StepProgress(training) as progress, log.keeping_warnings():
             train(training, replace(log, progress=progress))
         conclude(training, log, finish_run(training, log), begun)
     return session.exit_code

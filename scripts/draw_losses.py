@@ -22,8 +22,8 @@ from torch import Tensor
 
 from minimind_dpo.losses import LOSSES
 from minimind_dpo.objective.preference import PairLogps, Preference, dpo_losses
-from minimind_dpo.report.curves import BLUE, GREEN, GREY, ORANGE
 
+BLUE, ORANGE, GREEN, GREY = "#3b82f6", "#f97316", "#1f9d62", "#8b8f98"  # readable on white and on black
 OUTPUT = Path(__file__).resolve().parent.parent / "docs" / "pictures" / "losses.svg"
 REFERENCE = -2.5  # nats, of either answer
 MARGINS = torch.linspace(-4, 4, 201, dtype=torch.float64)

@@ -15,7 +15,6 @@ from helpers_forks import Forks
 from helpers_run import Inputs, make_inputs
 
 from minimind_dpo.ending import STOP_SIGNALS
-from minimind_dpo.report import page
 
 if "MINIMIND_DPO_TEST_GPUS" not in os.environ:  # figures and bits here are a CPU's; CUDA starts later than this
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -40,14 +39,6 @@ def shared_dir() -> Path:
     if not path.is_dir():
         pytest.skip("the measured fixtures (../shared/fixtures) are not beside this checkout")
     return path
-
-
-@pytest.fixture(scope="session", autouse=True)
-def without_curves() -> Iterator[None]:
-    """Drawing a report's curves takes as long as a short run: only tests of the report, and commands, draw them."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(page, "curves", lambda *_: [])
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -20,11 +20,13 @@ class ScoredPairs(NamedTuple):
         logps: what losses know of the pairs.
         aux_losses: [B] router losses.
         sums: of the pairs' metrics but losses, in the layout of `objective/sums.py`; no gradient.
+        per_token_logratios: [M] the policy's log-probabilities less the reference's; no gradient.
     """
 
     logps: PairLogps
     aux_losses: Tensor
     sums: Tensor
+    per_token_logratios: Tensor
 
 
 class BatchScores(NamedTuple):
@@ -34,11 +36,13 @@ class BatchScores(NamedTuple):
         losses: [B] preference losses times the pairs' weights.
         aux_losses: [B] router losses.
         sums: of the pairs' metrics, in the layout of `objective/sums.py`; no gradient.
+        per_token_logratios: [M] the policy's log-probabilities less the reference's; no gradient.
     """
 
     losses: Tensor
     aux_losses: Tensor
     sums: Tensor
+    per_token_logratios: Tensor
 
 
 def score_pairs(
@@ -57,11 +61,12 @@ def score_pairs(
     ref_logps = sum_per_side(ref_per_token_logps, batch)
     scores: PairScores = scorer(batch)
     policy_logps = sum_per_side(scores.per_token_logps, batch)
+    per_token_logratios = scores.per_token_logps.detach() - ref_per_token_logps
     sums = pair_sums(
         batch,
         policy_logps=policy_logps,
         ref_logps=ref_logps,
-        per_token_logratios=scores.per_token_logps.detach() - ref_per_token_logps,
+        per_token_logratios=per_token_logratios,
         end_token_ids=end_token_ids,
         beta=preference.beta,
         parts=preference.parts,
@@ -76,7 +81,7 @@ def score_pairs(
         weights = weights * _policy_weights(scores, batch)
     tokens = batch.chosen_tokens, batch.rejected_tokens
     logps = PairLogps(*policy_logps, *ref_logps, chosen_nll, *tokens, batch.margins, weights)
-    return ScoredPairs(logps, scores.aux_losses, sums)
+    return ScoredPairs(logps, scores.aux_losses, sums, per_token_logratios)
 
 
 def score_batch(
@@ -85,7 +90,8 @@ def score_batch(
     """As `score_pairs`, with the losses of a preference that takes each pair on its own."""
     scored = score_pairs(scorer, batch, ref_per_token_logps, preference, end_token_ids)
     losses = dpo_losses(scored.logps, preference)
-    return BatchScores(losses.total, scored.aux_losses, scored.sums + loss_sums(losses, scored.aux_losses))
+    sums = scored.sums + loss_sums(losses, scored.aux_losses)
+    return BatchScores(losses.total, scored.aux_losses, sums, scored.per_token_logratios)
 
 
 def _policy_weights(scores: PairScores, batch: PairBatch) -> Tensor:

@@ -1,119 +1,241 @@
-"""The curves of a report, drawn from the lines of `metrics.jsonl` as inline SVG."""
+"""The charts of a page: which metrics lie in one, what its title is, and how it is read."""
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import cycle
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from minimind_dpo.report.reading import Curve, held_out_sets
+from minimind_dpo.report.thinning import picked, thin
 
-Series = tuple[list[float], list[float]]  # optimizer steps, values
+TONES = ("blue", "orange", "green", "violet", "red", "teal", "brown", "grey")
+_ROWS = 12  # of a chart's table
 
-BLUE, ORANGE, GREEN, GREY = "#3b82f6", "#f97316", "#1f9d62", "#8b8f98"  # readable on white and on black
+
+@dataclass(frozen=True)
+class Line:
+    """One curve of a chart.
+
+    Attributes:
+        label: in the legend.
+        tone: a colour of the page's style.
+        curve: its points.
+        ends: "low" or "high" where the line is an edge of a band that is shaded.
+    """
+
+    label: str
+    tone: str
+    curve: Curve
+    ends: str = ""
 
 
-def curves(rows: list[dict[str, Any]], starts_at_ln2: bool = True, refers: bool = True) -> list[tuple[str, str]]:
-    """(title, inline SVG) of every curve that has at least one finite point.
+@dataclass(frozen=True)
+class Chart:
+    """A chart with what is said of it.
+
+    Attributes:
+        title: with the unit.
+        reading: how it is read, in a sentence or two.
+        lines: its curves; none is empty.
+        level: (value, label) of a dotted line that something is held against.
+        limits: of the vertical axis, where they are known.
+    """
+
+    title: str
+    reading: str
+    lines: list[Line]
+    level: tuple[float, str] | None = None
+    limits: tuple[float, float] | None = None
+
+    def drawn(self) -> dict[str, Any]:
+        """What the page's script draws."""
+        lines = [{"label": line.label, "tone": line.tone, "ends": line.ends} | thin(line.curve) for line in self.lines]
+        return {"lines": lines, "level": self.level, "limits": self.limits}
+
+    def told(self) -> str:
+        """The chart in words, for those who do not see it."""
+        parts = [f"{line.label}: {_course(line.curve)}" for line in self.lines]
+        return f"Line chart over optimizer steps. {'. '.join(parts)}."
+
+    def rows(self) -> list[list[str]]:
+        """The same numbers as a table: a step, and each curve's value then or at its last point before."""
+        steps = sorted({step for line in self.lines for step in line.curve.steps})
+        return [[f"{step:.0f}", *(_value_at(line.curve, step) for line in self.lines)] for step in picked(steps, _ROWS)]
+
+
+def figure(value: float) -> str:
+    """A number with four figures that count."""
+    return f"{value:.4g}"
+
+
+def _course(curve: Curve) -> str:
+    steps, values = curve
+    if len(values) == 1:
+        return f"{figure(values[0])} at step {steps[0]:.0f}"
+    return (
+        f"from {figure(values[0])} at step {steps[0]:.0f} to {figure(values[-1])} at step {steps[-1]:.0f}, "
+        f"lowest {figure(min(values))}, highest {figure(max(values))}"
+    )
+
+
+def _value_at(curve: Curve, step: float) -> str:
+    place = bisect_right(curve.steps, step)
+    return figure(curve.values[place - 1]) if place else ""
+
+
+def curves(found: Mapping[str, Curve], starts_at_ln2: bool = True, refers: bool = True) -> list[Chart]:
+    """Every chart that has at least one point.
 
     Args:
-        rows: of metrics.jsonl.
+        found: the curve of each metric; of each set of held-out pairs also `length_correlation` and `margins/0` to 4.
         starts_at_ln2: a loss of ln 2 knows no preference.
         refers: rewards are told against a reference.
     """
+    charts = [*_of_success(found, starts_at_ln2, refers), *_of_health(found), *_of_cost(found)]
+    return [chart for chart in charts if chart.lines]
 
-    def lines(*names: tuple[str, str, str]) -> list[tuple[str, str, Series]]:
-        found = [(label, colour, series(rows, key)) for key, label, colour in names]
-        return [line for line in found if line[2][0]]
 
-    plots: list[tuple[str, list[tuple[str, str, Series]], Callable[[Axes], None] | None]] = [
-        (
-            "Loss (nats a pair)",
-            lines(("loss", "training", BLUE), ("eval_loss", "held-out", ORANGE)),
-            _ln2 if starts_at_ln2 else None,
-        ),
-        ("Parts of the loss (unweighted)", lines(*_parts(rows)), None),
-        (
-            "Accuracy (share of pairs)",
-            lines(
-                ("rewards/accuracies", "training: chosen reward higher", BLUE),
-                ("eval_rewards/accuracies", "held-out: chosen reward higher", ORANGE),
-                ("eval_logps/accuracies", "held-out: chosen likelier", GREEN),
-            ),
-            _half,
-        ),
-        (
-            f"Rewards (beta × summed {'log-ratio to the reference' if refers else 'log-probability'})",
-            lines(("rewards/chosen", "chosen", BLUE), ("rewards/rejected", "rejected", ORANGE)),
-            _zero,
-        ),
-        (
-            "Margin (chosen reward − rejected reward)",
-            lines(("rewards/margins", "training", BLUE), ("eval_rewards/margins", "held-out", ORANGE)),
-            _zero,
-        ),
-        ("Learning rate", lines(("learning_rate", "learning rate", BLUE)), None),
-        ("Gradient norm (before clipping)", lines(("grad_norm", "gradient norm", BLUE)), None),
+def lines_of(found: Mapping[str, Curve], *wanted: tuple[str, str, str]) -> list[Line]:
+    """The curves that have points, of (metric, label, tone) each; "low " or "high " before a label makes it an edge."""
+    lines = []
+    for key, label, tone in wanted:
+        curve, first = found.get(key), label.split(" ")[0]
+        if curve is not None and len(curve.steps):
+            ends = first if first in ("low", "high") else ""
+            lines.append(Line(label.removeprefix(f"{ends} "), tone, curve, ends))
+    return lines
+
+
+def of_sets(found: Mapping[str, Curve], *wanted: tuple[str, str, str]) -> list[tuple[str, str, str]]:
+    """(metric, label, tone) of every set of held-out pairs, of metrics without `eval_`; labels tell several apart."""
+    sets, tones = held_out_sets(found), cycle(TONES[1:])
+    return [
+        (prefix + metric, f"{label} ({name})" if name else label, next(tones) if len(sets) > 1 else tone)
+        for metric, label, tone in wanted
+        for prefix, name in sets.items()
     ]
-    return [(title, _svg(title, found, extra)) for title, found, extra in plots if found]
 
 
-def _ln2(axes: Axes) -> None:
-    axes.axhline(math.log(2), color=GREY, linewidth=1, linestyle=":", label="ln 2: knows no preference")
+def _of_success(found: Mapping[str, Curve], starts_at_ln2: bool, refers: bool) -> Iterable[Chart]:
+    yield Chart(
+        "Loss (nats a pair)",
+        "What training lowers. Held-out loss should fall with it; where it turns up while training loss still falls, "
+        "pairs are being learned by heart.",
+        lines_of(found, ("loss", "training", "blue"), *of_sets(found, ("loss", "held-out", "orange"))),
+        level=(math.log(2), "ln 2: knows no preference") if starts_at_ln2 else None,
+    )
+    yield Chart(
+        "Parts of the loss (unweighted)",
+        "Each loss of the sum on its own: one that stands still has too little weight, or nothing left to teach.",
+        lines_of(found, *_parts(found)),
+    )
+    yield Chart(
+        "Accuracy (share of pairs)",
+        "Pairs whose chosen answer is preferred: by reward (a tie, as before the first step, counts 0), and by the "
+        "model's own likelihood a token, which is what replies follow. One half is chance.",
+        lines_of(
+            found,
+            ("rewards/accuracies", "training: chosen reward higher", "blue"),
+            *of_sets(
+                found,
+                ("rewards/accuracies", "held-out: chosen reward higher", "orange"),
+                ("logps/accuracies", "held-out: chosen likelier", "green"),
+            ),
+        ),
+        level=(0.5, "one half"),
+        limits=(-0.03, 1.03),
+    )
+    yield Chart(
+        f"Rewards (beta × summed {'log-ratio to the reference' if refers else 'log-probability'})",
+        "How far the policy has moved from its reference on either side. The two should part; where both fall "
+        "together, it unlearns the chosen answers too.",
+        lines_of(found, ("rewards/chosen", "chosen", "blue"), ("rewards/rejected", "rejected", "orange")),
+        level=(0.0, "as the reference"),
+    )
+    yield Chart(
+        "Margin (chosen reward − rejected reward)",
+        "Should rise above 0 and level off. One that grows without end belongs to a rate that is too high, or to pairs "
+        "that something trivial tells apart.",
+        lines_of(
+            found, ("rewards/margins", "training", "blue"), *of_sets(found, ("rewards/margins", "held-out", "orange"))
+        ),
+        level=(0.0, "none"),
+    )
 
 
-def _half(axes: Axes) -> None:
-    axes.axhline(0.5, color=GREY, linewidth=1, linestyle=":")
-    axes.set_ylim(-0.03, 1.03)
+def _of_health(found: Mapping[str, Curve]) -> Iterable[Chart]:
+    yield Chart(
+        "Log-probability of answers (nats, summed)",
+        "What the policy itself thinks of whole answers. Stop where that of held-out chosen answers begins to fall "
+        "steadily while accuracy by likelihood no longer rises.",
+        lines_of(
+            found,
+            ("logps/chosen", "training chosen", "blue"),
+            *of_sets(
+                found, ("logps/chosen", "held-out chosen", "orange"), ("logps/rejected", "held-out rejected", "violet")
+            ),
+        ),
+    )
+    for prefix, name in held_out_sets(found).items():
+        quantiles = ("5 %", "grey"), ("low 25 %", "blue"), ("median", "blue"), ("high 75 %", "blue"), ("95 %", "grey")
+        yield Chart(
+            f"Held-out margins, by quantile{f' ({name})' if name else ''}",
+            "Half of the pairs lie in the shaded band, nine tenths between the outer lines. Pairs below 0 are ranked "
+            "the wrong way round.",
+            lines_of(found, *((f"{prefix}margins/{place}", *line) for place, line in enumerate(quantiles))),
+            level=(0.0, "none"),
+        )
+    yield Chart(
+        "Margin and length (correlation)",
+        "Near 0, length plays no part. Towards 1 or −1 what is learned is the length of an answer.",
+        lines_of(
+            found, *of_sets(found, ("length_correlation", "held-out: margin with difference of lengths", "orange"))
+        ),
+        level=(0.0, "none"),
+        limits=(-1.05, 1.05),
+    )
+    yield Chart(
+        "Replies: length (tokens)",
+        "Mean of the policy's replies to the same prompts. A jump up or down is a change of manner: read the replies.",
+        lines_of(found, ("eval_replies/tokens", "tokens a reply", "orange")),
+    )
+    yield Chart(
+        "Replies: ended and repeated (shares)",
+        "Replies that end by themselves, and 4-grams that a reply has said before. Falling ends or rising repetition "
+        "tell of a policy that has moved too far.",
+        lines_of(
+            found,
+            ("eval_replies/ended", "replies ended", "orange"),
+            ("eval_replies/repetition", "4-grams repeated", "violet"),
+        ),
+        limits=(-0.03, 1.03),
+    )
+    yield Chart(
+        "Gradient norm (before clipping)",
+        "Single peaks are normal; a level that keeps rising, or peaks with a loss that does not come back, ask for a "
+        "lower learning rate.",
+        lines_of(found, ("grad_norm", "gradient norm", "blue")),
+    )
 
 
-def _zero(axes: Axes) -> None:
-    axes.axhline(0.0, color=GREY, linewidth=1, linestyle=":")
+def _of_cost(found: Mapping[str, Curve]) -> Iterable[Chart]:
+    yield Chart(
+        "Learning rate",
+        "What each step used. A run is judged by its end: while the rate is high, the curves above are noisier.",
+        lines_of(found, ("learning_rate", "learning rate", "blue")),
+    )
+    yield Chart(
+        "Speed (pairs a second)",
+        "Since the line before, all processes together; it dips where a checkpoint or an evaluation lies between.",
+        lines_of(found, ("pairs_per_second", "pairs a second", "blue")),
+    )
 
 
-def _parts(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
-    """(metric, its name, a colour) of each part of a loss that has several."""
-    names = dict.fromkeys(name for row in rows for name in row if name.startswith("losses/"))
-    for name, colour in zip(names, cycle((BLUE, ORANGE, GREEN, GREY)), strict=False):
-        yield name, name.removeprefix("losses/"), colour
-
-
-def series(rows: list[dict[str, Any]], key: str) -> Series:
-    """Steps and finite values of one metric, in the order of the log."""
-    points = [(row.get("step"), row.get(key)) for row in rows]
-    kept = [(float(x), float(y)) for x, y in points if is_finite(x) and is_finite(y)]
-    return [x for x, _ in kept], [y for _, y in kept]
-
-
-def is_finite(value: Any) -> TypeGuard[float]:
-    """Whether a logged value is a number that can be drawn."""
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _svg(title: str, lines: list[tuple[str, str, Series]], extra: Callable[[Axes], None] | None) -> str:
-    """One small line chart; text stays text and takes the page's own colour, so that it follows dark mode."""
-    # late: only the one rank that writes a report draws
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    settings: Any = {"svg.hashsalt": title, "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(5.2, 2.7), layout="constrained")
-        axes = figure.subplots()
-        if extra is not None:
-            extra(axes)
-        for label, colour, (steps, values) in lines:
-            marker = "o" if len(steps) < 30 else None
-            axes.plot(steps, values, label=label, color=colour, linewidth=1.6, marker=marker, markersize=3)
-        axes.set_xlabel("optimizer step")
-        axes.spines[["top", "right"]].set_visible(False)
-        if len(axes.get_legend_handles_labels()[1]) > 1:
-            axes.legend(frameon=False, fontsize=9)
-        buffer = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(["Creator", "Date", "Format", "Type"]))
-    svg = buffer.getvalue()
-    return svg[svg.index("<svg") :]  # without the XML prologue
+def _parts(found: Mapping[str, Curve]) -> list[tuple[str, str, str]]:
+    """(metric, its name, a tone) of each part of a loss that has several."""
+    names = [name for name in found if name.startswith("losses/")]
+    return [(name, name.removeprefix("losses/"), tone) for name, tone in zip(names, cycle(TONES), strict=False)]

@@ -23,6 +23,7 @@ from minimind_dpo.training.replies import live_replies, reply_metrics
 from minimind_dpo.training.run import Run
 from minimind_dpo.training.run_log import RunLog
 from minimind_dpo.training.schedule import is_due, learning_rate_schedule
+from minimind_dpo.training.spread import empty_rewards
 from minimind_dpo.training.step import optimizer_step
 from minimind_dpo.training.visibility import UpdateWatch
 
@@ -88,8 +89,9 @@ def _evaluate(run: Run, log: RunLog, clock: Clock) -> bool:
     """
     if not run.eval_sets:
         return False
+    rewards = empty_rewards(run)
     try:
-        values = evaluate(run)
+        values = evaluate(run, rewards)
         replies = live_replies(run) if run.prompts else []
     except StoppedEarly:
         if run.state.step > 0:
@@ -98,6 +100,7 @@ def _evaluate(run: Run, log: RunLog, clock: Clock) -> bool:
     values |= reply_metrics(replies)
     log.record(run, values)
     log.record_replies(replies)
+    log.record_rewards(run, rewards)
     tell_evaluation(run, values)
     clock.restart()
     return take_best(run, values)
@@ -125,6 +128,7 @@ def _save(run: Run, log: RunLog, clock: Clock) -> None:
         run.engine, run.output_dir / "checkpoints", run.state, run.config.save_total_limit, partial(_describe, run)
     )
     tell_saved(log.callbacks, run.state.step, path)
+    log.refresh_page()
     clock.restart()
 
 

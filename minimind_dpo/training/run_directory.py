@@ -28,7 +28,7 @@ from minimind_dpo.training.run_log import RunLog, eval_metrics
 
 logger = logging.getLogger(__name__)
 
-_DIRECTORIES = ("checkpoints", "model", "adapter")
+_DIRECTORIES = ("checkpoints", "model", "adapter", "record")
 _FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "report.html")
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,10 @@ from minimind_dpo.tracking.trackers import Trackers, start_trackers
 from minimind_dpo.training.callbacks import Callback, tell_values
 from minimind_dpo.training.metrics import MetricsFile
 from minimind_dpo.training.progress import Clock, StepProgress
+from minimind_dpo.training.record import Record
 from minimind_dpo.training.run import Run
 from minimind_dpo.training.schedule import is_due
+from minimind_dpo.training.spread import PairRewards, describe_extremes
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +34,7 @@ class RunLog:
         metrics, callbacks: none on all other processes; the latter are the user's own.
         samples: the policy's replies; None there too, and where it is asked for none.
         progress: of the steps, as it is seen.
+        page: keeps what the page of the run shows beside them; None on all other processes.
     """
 
     metrics: MetricsFile | None
@@ -38,6 +42,7 @@ class RunLog:
     trackers: Trackers
     callbacks: Sequence[Callback] = ()
     progress: StepProgress | None = None
+    page: Record | None = None
 
     def record(self, run: Run, values: dict[str, float]) -> None:
         """Write the values of the run's present step, with its place."""
@@ -66,6 +71,28 @@ class RunLog:
             rows = [[reply[name] for name in columns] for reply in replies]
             self.trackers.table("replies", columns, rows, int(replies[0]["step"]))
 
+    def record_rewards(self, run: Run, rewards: Mapping[str, PairRewards]) -> None:
+        """Keep how an evaluation's rewards are spread, and after the last step the pairs at both ends. Collective."""
+        last = run.state.step == run.state.total_steps
+        pairs: list[dict[str, Any]] = []
+        for name, of_set in rewards.items():
+            values = of_set.gather(run.engine.sum)
+            pairs += describe_extremes(run, name, values) if last else []
+            if self.page is not None:
+                self.page.add_rewards(name, values)
+        if self.page is not None and last:
+            self.page.write_pairs(pairs)
+        self.refresh_page()
+
+    def refresh_page(self) -> None:
+        """Write the page as the run stands, if there is time for it."""
+        if self.page is not None:
+            self.page.refresh_page()
+
+    def keeping_warnings(self) -> AbstractContextManager[Any]:
+        """While the run trains: its warnings are kept for the page."""
+        return self.page or nullcontext()
+
     def lacks_evaluation(self, run: Run) -> bool:
         """Whether the run's present step has an evaluation, which is not recorded. Collective."""
         step = run.state.step
@@ -84,7 +111,7 @@ class RunLog:
 
 def open_run(run: Run, resumed: bool, callbacks: Sequence[Callback] = ()) -> RunLog:
     """Prepare the run directory for the steps to come, and start the trackers. Collective."""
-    metrics = samples = None
+    metrics = samples = page = None
     if run.engine.is_main:
         with writing(run.output_dir, "output_dir"):
             sweep(run.output_dir)
@@ -95,9 +122,10 @@ def open_run(run: Run, resumed: bool, callbacks: Sequence[Callback] = ()) -> Run
         metrics = MetricsFile(run.output_dir / "metrics.jsonl", last_step)
         samples = MetricsFile(run.output_dir / "samples.jsonl", last_step) if run.prompts else None
         _compare(metrics, run.state)
+        page = Record(run, resumed)
     trackers = start_trackers(run.config, run.engine, run.state, [] if metrics is None else metrics.lines())
     run.engine.wait()
-    return RunLog(metrics, samples, trackers, callbacks if run.engine.is_main else ())
+    return RunLog(metrics, samples, trackers, callbacks if run.engine.is_main else (), page=page)
 
 
 def _compare(metrics: MetricsFile, state: TrainerState) -> None:

@@ -28,7 +28,6 @@ import torch
 from helpers_disk import fill
 
 import minimind_dpo.engine.cpu as cpu
-import minimind_dpo.report.page as page
 import minimind_dpo.training.loop as loop
 import minimind_dpo.training.run_directory
 import minimind_dpo.training.session
@@ -37,7 +36,6 @@ from minimind_dpo.ending import Ending
 from minimind_dpo.engine.plain import Plain
 
 IMPORTED = Path(tempfile.mkdtemp()) / "modules"
-page.curves = lambda *_: []  # half of a short run's time, and nothing here looks at them
 
 
 def set_bomb(bomb: dict[str, Any]) -> None:
