@@ -166,7 +166,7 @@ def _read_again(model: PreTrainedModel, directory: Path) -> list[str]:
     values = load_peft_weights(str(directory), device="cpu")
     plain = {name.removeprefix("base_model.model."): value for name, value in values.items()}
     with gathered([parameter for name, parameter in model.named_parameters() if is_lora(name)], modify=True):
-        found = set_peft_model_state_dict(model, plain, adapter_name=ADAPTER)
+        found: Any = set_peft_model_state_dict(model, plain, adapter_name=ADAPTER)
     return [name for name in found.missing_keys if _LENGTHS in name]
 
 

@@ -95,7 +95,7 @@ def curves(found: Mapping[str, Curve], starts_at_ln2: bool = True, refers: bool 
         starts_at_ln2: a loss of ln 2 knows no preference.
         refers: rewards are told against a reference.
     """
-    charts = [*_of_success(found, starts_at_ln2, refers), *_of_health(found), *_of_cost(found)]
+    charts = [*_of_success(found, starts_at_ln2, refers), *_of_health(found), *_of_replies(found), *_of_cost(found)]
     return [chart for chart in charts if chart.lines]
 
 
@@ -199,6 +199,15 @@ def _of_health(found: Mapping[str, Curve]) -> Iterable[Chart]:
         limits=(-1.05, 1.05),
     )
     yield Chart(
+        "Gradient norm (before clipping)",
+        "Single peaks are normal; a level that keeps rising, or peaks with a loss that does not come back, ask for a "
+        "lower learning rate.",
+        lines_of(found, ("grad_norm", "gradient norm", "blue")),
+    )
+
+
+def _of_replies(found: Mapping[str, Curve]) -> Iterable[Chart]:
+    yield Chart(
         "Replies: length (tokens)",
         "Mean of the policy's replies to the same prompts. A jump up or down is a change of manner: read the replies.",
         lines_of(found, ("eval_replies/tokens", "tokens a reply", "orange")),
@@ -213,12 +222,6 @@ def _of_health(found: Mapping[str, Curve]) -> Iterable[Chart]:
             ("eval_replies/repetition", "4-grams repeated", "violet"),
         ),
         limits=(-0.03, 1.03),
-    )
-    yield Chart(
-        "Gradient norm (before clipping)",
-        "Single peaks are normal; a level that keeps rising, or peaks with a loss that does not come back, ask for a "
-        "lower learning rate.",
-        lines_of(found, ("grad_norm", "gradient norm", "blue")),
     )
 
 
