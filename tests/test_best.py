@@ -85,7 +85,7 @@ def test_it_is_the_same_over_a_kill(inputs: Inputs, tmp_path: Path, forks: Forks
     assert summary(whole)["best"] == summary(cut)["best"]
     assert forks.run(flags(inputs, cut, **options), tmp_path) == [0]  # once more: nothing is left to do
     assert same_bits(whole, cut)
-    assert "nothing was left to do: the run had already gone its 6 steps" in (tmp_path / "log").read_text("utf-8")
+    assert "nothing was left to do: all 6 steps were done before" in (tmp_path / "log").read_text("utf-8")
 
 
 def test_looking_for_it_changes_no_bit(inputs: Inputs, tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_recipes_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert load_config(["--config", "minimind3", *REQUIRED]) == by_path
     (tmp_path / "minimind3").mkdir()  # a run of that name, say
     assert load_config(["--config", "minimind3", *REQUIRED]) == by_path
-    with pytest.raises(UserError, match="minimind2_moe, minimind2_small, minimind2_small_learns, minimind3, smollm2"):
+    with pytest.raises(UserError, match="minimind2_small, minimind2_small_learns, minimind3, qwen3_0.6b, smollm2"):
         load_config(["--config", "minimind4", *REQUIRED])
     with pytest.raises(UserError, match="the one that comes with the package is --config minimind3$"):
         load_config(["--config", "configs/dpo/minimind3.yaml", *REQUIRED])

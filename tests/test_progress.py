@@ -89,7 +89,7 @@ def test_the_introduction(inputs: Inputs, tmp_path: Path, caplog: pytest.LogCapt
     caplog.set_level(logging.INFO, "minimind_dpo")
     config = load_config(inputs.flags(tmp_path, max_length=LIMIT, eval_data=inputs.eval_data, num_train_epochs=2))
     run = built(config)
-    pairs, held_out = len(run.train_data), len(run.eval_data or ())
+    pairs, held_out = len(run.train_data), sum(map(len, run.eval_sets.values()))
     sides = [
         len(run.train_data.dataset[i][f"{side}_input_ids"]) for i in range(pairs) for side in ("chosen", "rejected")
     ]

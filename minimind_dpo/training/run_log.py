@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from minimind_dpo.checkpoints.directory import set_aside_later
@@ -37,9 +37,9 @@ class RunLog:
         page: keeps what the page of the run shows beside them; None on all other processes.
     """
 
-    metrics: MetricsFile | None
-    samples: MetricsFile | None
-    trackers: Trackers
+    metrics: MetricsFile | None = None
+    samples: MetricsFile | None = None
+    trackers: Trackers = field(default_factory=Trackers)
     callbacks: Sequence[Callback] = ()
     progress: StepProgress | None = None
     page: Record | None = None
