@@ -220,7 +220,7 @@ def test_a_run_on_a_device_without_float64(
     """Every step and evaluation of a whole run; its metrics are those of a device that has it."""
     options = {"eval_data": inputs.eval_data, "max_steps": 2, "eval_steps": 1}
     assert train_here(inputs.flags(tmp_path / "with", **options)) == 0
-    for name in ("optimizer_step", "evaluate"):
+    for name in ("optimizer_step", "evaluate", "empty_rewards"):
         honest = getattr(loop, name)
 
         def there(*given: Any, honest: Any = honest) -> Any:
